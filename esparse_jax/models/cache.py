@@ -1,0 +1,124 @@
+"""The key/value cache: arrays in, arrays out, so that a decode step is one jitted function.
+
+All rows of a batch write at the same slot. Prompts of different lengths are aligned at their last
+token, the shorter ones padded on the left; `start` says where each row begins:
+
+    slot      0    1    2    3    4    5    6        length = 5 (the next token goes to slot 5)
+    row 0     -    -    a    b    c    .    .        start = 2, so c stands at position 2
+    row 1     A    B    C    D    E    .    .        start = 0, so E stands at position 4
+
+A position is a slot minus its row's start. Padding therefore has a negative position, which is all
+the attention needs to know: a token sees the keys with 0 <= position <= its own.
+"""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys (already rotated) and values, and how far they are filled."""
+
+    keys: Float[Array, "batch slot head feature"]
+    values: Float[Array, "batch slot head feature"]
+    length: Int[Array, ""]
+    start: Int[Array, " batch"]
+
+    def positions(self, seq: int) -> Int[Array, "batch seq"]:
+        """The positions of the next `seq` tokens; negative where they are padding."""
+        return self.length + jnp.arange(seq, dtype=jnp.int32)[None] - self.start[:, None]
+
+    def key_positions(self) -> Int[Array, "batch slot"]:
+        """The position of every slot; slots not yet written lie after every token so far."""
+        return jnp.arange(self.keys.shape[1], dtype=jnp.int32)[None] - self.start[:, None]
+
+    def append(
+        self,
+        keys: Float[Array, "batch seq head feature"],
+        values: Float[Array, "batch seq head feature"],
+    ) -> "LayerCache":
+        """Writes the keys and values of the next tokens.
+
+        How far the cache is filled is known on the device only, so going past the last slot is not
+        noticed here; the last slots would be overwritten. The caller makes the cache long enough.
+        """
+        seq, slots = keys.shape[1], self.keys.shape[1]
+        if seq > slots:
+            raise ValueError(
+                f"The cache has {slots} slots and was given {seq} tokens at once. Make it with "
+                f"max_length of at least the prompt plus the tokens to generate."
+            )
+        zero = jnp.zeros((), self.length.dtype)
+        at = (zero, self.length, zero, zero)
+        return LayerCache(
+            jax.lax.dynamic_update_slice(self.keys, keys.astype(self.keys.dtype), at),
+            jax.lax.dynamic_update_slice(self.values, values.astype(self.values.dtype), at),
+            self.length + seq,
+            self.start,
+        )
+
+
+class KVCache(NamedTuple):
+    """The whole model's cache. Donate it: each step returns one of the same shapes.
+
+    Keys and values are one array per layer rather than one stacked array: a slice of a stacked
+    array is a copy as soon as it meets a custom call.
+    """
+
+    keys: tuple[Float[Array, "batch slot head feature"], ...]
+    values: tuple[Float[Array, "batch slot head feature"], ...]
+    length: Int[Array, ""]
+    start: Int[Array, " batch"]
+
+    @property
+    def max_length(self) -> int:
+        """How many slots each row has."""
+        return self.keys[0].shape[1]
+
+    def layer(self, index: int) -> LayerCache:
+        """The view of one layer, for `LlamaDecoderLayer`."""
+        return LayerCache(self.keys[index], self.values[index], self.length, self.start)
+
+
+@runtime_checkable
+class CachedConfig(Protocol):
+    """What the cache needs to know of a model's configuration."""
+
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+def init_cache(
+    config: CachedConfig,
+    batch: int,
+    max_length: int,
+    *,
+    dtype: DTypeLike,
+    padding: Int[Array, " batch"] | None = None,
+) -> KVCache:
+    """An empty cache.
+
+    Args:
+        config: The model's configuration.
+        batch: How many rows decode together.
+        max_length: Slots per row: the (padded) prompt plus the tokens to generate.
+        dtype: Of keys and values; the model's compute dtype.
+        padding: How many tokens of padding stand left of each row's prompt; None for none.
+    """
+    if batch < 1 or max_length < 1:
+        raise ValueError(
+            f"A cache needs at least one row and one slot; got batch={batch}, "
+            f"max_length={max_length}."
+        )
+    shape = (batch, max_length, config.num_key_value_heads, config.head_dim)
+    layers = range(config.num_hidden_layers)
+    return KVCache(
+        keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        length=jnp.zeros((), jnp.int32),
+        start=jnp.zeros(batch, jnp.int32) if padding is None else padding.astype(jnp.int32),
+    )

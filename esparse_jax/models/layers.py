@@ -1,0 +1,133 @@
+"""Drop-ins for `nnx.Linear`: one that watches its input, one that masks, one that is compressed.
+
+Each keeps what it adds in a Variable type of its own, so that `nnx.split(layer, CalibrationStats,
+...)` separates statistics from weights and a compressed weight never passes for a parameter.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from esparse_jax.pruning.stats import ChannelRange, ChannelStats, update_range, update_stats
+from esparse_jax.sparse.compress import Compressed24
+from esparse_jax.sparse.matmul import sparse_matmul
+
+
+class Calibration(nnx.Variable):
+    """What an `ObservedLinear` has seen; the base of both kinds."""
+
+
+class CalibrationRange(Calibration):
+    """Holds a `ChannelRange`: the first pass over the calibration data."""
+
+
+class CalibrationStats(Calibration):
+    """Holds a `ChannelStats`: the second pass, which needs the range."""
+
+
+class Mask(nnx.Variable):
+    """Holds a mask `[out, channel]`; True keeps."""
+
+
+class CompressedWeight(nnx.Variable):
+    """Holds a `Compressed24`."""
+
+
+class Permutation(nnx.Variable):
+    """Holds the channel order of a compressed weight."""
+
+
+class ObservedLinear(nnx.Module):
+    """A linear layer that adds every input it sees to its statistics.
+
+    Give layers that share their input one observer among them: their statistics are the same.
+
+    Args:
+        linear: The layer to watch; it stays the same object.
+        statistics: Where to start from, `init_range(channels)` or `init_stats(range)`; which one
+            decides what is gathered.
+    """
+
+    def __init__(self, linear: nnx.Linear, statistics: ChannelRange | ChannelStats):
+        self.linear = linear
+        ranged = isinstance(statistics, ChannelRange)
+        self.calibration = (CalibrationRange if ranged else CalibrationStats)(statistics)
+
+    def __call__(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch out"]:
+        tokens = x.reshape(-1, x.shape[-1])
+        ranged = isinstance(self.calibration, CalibrationRange)
+        update = update_range if ranged else update_stats
+        self.calibration.set_value(update(self.calibration.get_value(), tokens))
+        return self.linear(x)
+
+
+class MaskedLinear(nnx.Module):
+    """A linear layer of which only the masked-in weights count, whatever the others hold.
+
+    Args:
+        linear: The dense layer; it stays the same object and keeps all its weights.
+        mask: True keeps, in the weight's orientation.
+    """
+
+    def __init__(self, linear: nnx.Linear, mask: Bool[Array, "out channel"]):
+        if mask.shape != (linear.out_features, linear.in_features):
+            raise ValueError(
+                f"The mask has shape {tuple(mask.shape)}; this layer's weight is [out, channel] = "
+                f"{(linear.out_features, linear.in_features)}."
+            )
+        self.linear = linear
+        self.mask = Mask(mask)
+
+    def __call__(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch out"]:
+        kernel = self.linear.kernel[...]
+        masked = nnx.clone(self.linear)
+        masked.kernel.set_value(jnp.where(self.mask[...].T, kernel, jnp.zeros((), kernel.dtype)))
+        return masked(x)
+
+
+class SparseLinear(nnx.Module):
+    """A linear layer whose weight is held as `Compressed24`.
+
+    Args:
+        compressed: The weight, its channels in the order of `permutation`.
+        permutation: The order in which the input's channels are read; None for the natural one.
+        bias: Added to the product; None for none.
+        dtype: What the product is computed in; None for the weight's.
+    """
+
+    def __init__(
+        self,
+        compressed: Compressed24,
+        permutation: Int[Array, " channel"] | None = None,
+        bias: Float[Array, " out"] | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+    ):
+        self.out_features, self.in_features = compressed.shape
+        if permutation is not None and permutation.shape != (self.in_features,):
+            raise ValueError(
+                f"The permutation has shape {tuple(permutation.shape)}; the compressed weight has "
+                f"{self.in_features} input channels, so it must be ({self.in_features},)."
+            )
+        self.weight = CompressedWeight(compressed)
+        self.permutation = nnx.data(
+            None if permutation is None else Permutation(permutation.astype(jnp.int32))
+        )
+        self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+        self.dtype = jnp.dtype(compressed.values.dtype if dtype is None else dtype)
+
+    def __call__(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch out"]:
+        x = x.astype(self.dtype)
+        if self.permutation is not None:
+            # Permutations are checked where they are made; the default mode would fill with nan.
+            x = x.at[..., self.permutation[...]].get(mode="promise_in_bounds")
+        weight = self.weight.get_value()
+        if weight.values.dtype != self.dtype:
+            weight = dataclasses.replace(weight, values=weight.values.astype(self.dtype))
+        product = sparse_matmul(x, weight)
+        if self.bias is None:
+            return product
+        return product + self.bias[...].astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

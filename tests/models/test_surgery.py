@@ -1,0 +1,235 @@
+"""Linears are found, watched, replaced and compressed by their checkpoint path."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import llama_cases
+import numpy as np
+import pytest
+from flax import nnx
+
+from esparse_jax.models.layers import MaskedLinear, ObservedLinear, SparseLinear
+from esparse_jax.models.llama import LAYERS_PATH, PRUNED_GROUPS
+from esparse_jax.models.surgery import (
+    clone_model,
+    get_linear,
+    iter_linears,
+    matches_path,
+    observe,
+    observed,
+    replace_linears,
+    set_linear,
+    sparsify_model,
+    split_layer,
+    unobserve,
+    weight_of,
+    with_weight,
+)
+from esparse_jax.pruning.mask import NMPattern
+from esparse_jax.pruning.stats import init_range
+
+FIELDS = llama_cases.CASES["gqa"]
+PRUNED = sorted(path for group in PRUNED_GROUPS for path in group)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama_cases.build(FIELDS)
+
+
+def pruned_model(model, pattern, *, shuffled):
+    """The model with random weights kept n of every m in a random order of the channels."""
+    generator = np.random.default_rng(2)
+    pruned, permutations = clone_model(model), {}
+    for path, linear in iter_linears(model):
+        if not path.startswith(LAYERS_PATH):
+            continue
+        weight = np.asarray(weight_of(linear))
+        order = np.arange(weight.shape[1])
+        if shuffled:
+            order = generator.permutation(order)
+        scores = generator.random((weight.shape[0], weight.shape[1] // pattern.m, pattern.m))
+        keep = np.empty(weight.shape, bool)
+        keep[:, order] = (scores.argsort(-1).argsort(-1) < pattern.n).reshape(weight.shape)
+        set_linear(pruned, path, with_weight(linear, jnp.where(keep, weight, 0.0)))
+        permutations[path] = order.astype(np.int32) if shuffled else None
+    return pruned, permutations
+
+
+def test_linears_have_their_checkpoint_names(model):
+    paths = [path for path, _ in iter_linears(model)]
+    blocks = [f"{LAYERS_PATH}.{index}.{path}" for index in range(2) for path in PRUNED]
+    assert paths == ["lm_head", *blocks]
+    assert [path for path, _ in iter_linears(model.model.layers[1])] == PRUNED
+    assert [path for path, _ in iter_linears(clone_model(model))] == paths
+    named = llama_cases.weights(FIELDS)
+    for path, linear in iter_linears(model):
+        assert get_linear(model, path) is linear
+        np.testing.assert_array_equal(weight_of(linear), named[f"{path}.weight"])
+
+
+def test_with_weight_leaves_the_given_layer(model):
+    path = "model.layers.0.mlp.down_proj"
+    linear = get_linear(model, path)
+    before = weight_of(linear)
+    changed = with_weight(linear, 2.0 * before)
+    np.testing.assert_array_equal(weight_of(changed), 2.0 * before)
+    np.testing.assert_array_equal(weight_of(linear), before)
+    assert changed.bias.get_value() is linear.bias.get_value()
+    with pytest.raises(ValueError, match=r"shape \(96, 64\); .* \(64, 96\)"):
+        with_weight(linear, before.T)
+
+
+def test_clones_share_arrays_and_nothing_else(model):
+    clone = clone_model(model)
+    for (path, ours), (_, theirs) in zip(iter_linears(clone), iter_linears(model), strict=True):
+        assert ours is not theirs
+        assert ours.kernel is not theirs.kernel
+        assert ours.kernel.get_value() is theirs.kernel.get_value(), path
+    before = weight_of(get_linear(model, "lm_head"))
+    get_linear(clone, "lm_head").kernel.set_value(jnp.zeros((64, 61)))
+    set_linear(clone, "model.layers.1.mlp.up_proj", get_linear(model, "lm_head"))
+    np.testing.assert_array_equal(weight_of(get_linear(model, "lm_head")), before)
+    assert weight_of(get_linear(model, "model.layers.1.mlp.up_proj")).shape == (96, 64)
+
+
+def test_a_function_jitted_for_one_block_serves_all(model):
+    traces = []
+
+    @partial(jax.jit, static_argnums=0)
+    def forward(graphdef, state, hidden):
+        traces.append(hidden.shape)
+        return nnx.merge(graphdef, state)(hidden)
+
+    hidden = model.embed(jnp.asarray(llama_cases.tokens("gqa", 12)))
+    for layer in model.model.layers:
+        hidden = forward(*split_layer(layer), hidden)
+    assert len(traces) == 1
+    _, error = llama_cases.torch_logits("gqa", 12)
+    expected = llama_cases.our_logits("gqa", 12)
+    llama_cases.assert_rounding_only(model.head(hidden), expected, error)
+
+    # The same holds for blocks of which the same linears are watched, and for changed weights.
+    starts = {"mlp.down_proj": init_range(96)}
+    for layer in model.model.layers:
+        watched = observe(layer, starts)
+        set_linear(
+            watched,
+            "mlp.gate_proj",
+            with_weight(get_linear(layer, "mlp.gate_proj"), jnp.zeros((96, 64))),
+        )
+        forward(*split_layer(watched), hidden)
+    assert len(traces) == 2
+
+
+def test_observing_and_back(model):
+    layer = model.model.layers[0]
+    inputs = {"self_attn.q_proj": 64, "self_attn.o_proj": 64, "mlp.up_proj": 64}
+    watched = observe(layer, {path: init_range(size) for path, size in inputs.items()})
+    hidden = model.embed(jnp.asarray(llama_cases.tokens("gqa", 12, batch=2)))
+
+    @jax.jit
+    def step(state, hidden):
+        module = nnx.merge(graphdef, state)
+        inputs = module.input_layernorm(hidden).reshape(-1, 64)
+        module(hidden)
+        return inputs, nnx.state(module)
+
+    graphdef, state = split_layer(watched)
+    normed, state = step(state, hidden)
+    nnx.update(watched, state)
+    seen = observed(watched)
+    assert list(seen) == sorted(inputs)
+    np.testing.assert_array_equal(seen["self_attn.q_proj"].maximum, normed.max(axis=0))
+    assert int(seen["mlp.up_proj"].tokens) == 24
+    assert isinstance(get_linear(watched, "self_attn.q_proj"), ObservedLinear)
+    np.testing.assert_array_equal(
+        weight_of(get_linear(watched, "self_attn.q_proj")),
+        weight_of(get_linear(layer, "self_attn.q_proj")),
+    )
+
+    plain = unobserve(watched)
+    assert {type(linear) for _, linear in iter_linears(plain)} == {nnx.Linear}
+    assert {type(linear) for _, linear in iter_linears(layer)} == {nnx.Linear}
+    assert split_layer(plain)[0] == split_layer(layer)[0]
+
+    with pytest.raises(TypeError, match=r"mlp.up_proj is a ObservedLinear"):
+        observe(watched, {"mlp.up_proj": init_range(64)})
+    with pytest.raises(ValueError, match=r"mlp.down_proj have 64 channels; the layer has 96"):
+        observe(layer, {"mlp.down_proj": init_range(64)})
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+@pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4)])
+def test_the_sparse_model_is_the_masked_model(model, pattern, shuffled):
+    pruned, permutations = pruned_model(model, pattern, shuffled=shuffled)
+    sparse = sparsify_model(pruned, permutations, pattern=pattern)
+    kinds = {path: type(linear) for path, linear in iter_linears(sparse)}
+    assert kinds.pop("lm_head") is nnx.Linear
+    assert set(kinds.values()) == {SparseLinear}
+    ids = llama_cases.tokens("gqa", 12)
+    _, error = llama_cases.torch_logits("gqa", 12)
+    expected = llama_cases.run(pruned, ids)
+    llama_cases.assert_rounding_only(llama_cases.run(sparse, ids), expected, error)
+    assert {type(linear) for _, linear in iter_linears(pruned)} == {nnx.Linear}
+
+
+def test_masked_layers_can_be_compressed(model):
+    pruned, permutations = pruned_model(model, NMPattern(2, 4), shuffled=True)
+    path = "model.layers.0.mlp.gate_proj"
+    keep = weight_of(get_linear(pruned, path)) != 0
+    masked = replace_linears(pruned, {path: MaskedLinear(get_linear(model, path), keep)})
+    one = {path: permutations[path]}
+    ours = sparsify_model(masked, one)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        nnx.state(get_linear(ours, path)),
+        nnx.state(get_linear(sparsify_model(pruned, one), path)),
+    )
+
+
+def test_skipped_layers_stay_dense(model):
+    pruned, permutations = pruned_model(model, NMPattern(2, 4), shuffled=True)
+    sparse = sparsify_model(pruned, permutations, skip=("mlp.down_proj", "model.layers.1"))
+    dense = [path for path, linear in iter_linears(sparse) if isinstance(linear, nnx.Linear)]
+    assert dense == [
+        "lm_head",
+        "model.layers.0.mlp.down_proj",
+        *(f"model.layers.1.{path}" for path in PRUNED),
+    ]
+
+
+def test_names_match_whole_words():
+    path = "model.layers.1.mlp.down_proj"
+    assert all(
+        matches_path(path, [name])
+        for name in (path, "down_proj", "mlp.down_proj", "model.layers.1", "model")
+    )
+    assert not any(
+        matches_path(path, [name])
+        for name in ("proj", "mlp", "model.layers.10", "model.layers.1.mlp.down", "")
+    )
+    assert not matches_path(path, [])
+
+
+def test_what_cannot_be_compressed_is_named(model):
+    pruned, permutations = pruned_model(model, NMPattern(2, 4), shuffled=True)
+    with pytest.raises(ValueError, match=r"4:8 has no compressed form.*2:4 and 1:4 fit"):
+        sparsify_model(pruned, permutations, pattern=NMPattern(4, 8))
+    with pytest.raises(ValueError, match=r"(?s)14 of 14 layers.*layers.0.*layers.1.mlp.down_proj"):
+        sparsify_model(pruned, dict.fromkeys(permutations))
+    path = "model.layers.0.self_attn.o_proj"
+    with pytest.raises(ValueError, match=f"permutation for {path} must hold each of 0..63 once"):
+        sparsify_model(pruned, {path: np.zeros(64, np.int32)})
+    sparse = sparsify_model(pruned, permutations)
+    with pytest.raises(TypeError, match=f"{path} is compressed already"):
+        sparsify_model(sparse, {path: permutations[path]})
+    with pytest.raises(TypeError, match=r"SparseLinear holds no dense weight"):
+        weight_of(get_linear(sparse, path))
+    with pytest.raises(
+        KeyError, match=r"no linear layer at 'mlp.side_proj'\. It has: mlp.down_proj"
+    ):
+        get_linear(model.model.layers[0], "mlp.side_proj")
+    with pytest.raises(KeyError, match=r"no linear layer at 'model.layers.7.mlp.up_proj'"):
+        get_linear(model, "model.layers.7.mlp.up_proj")
