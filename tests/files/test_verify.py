@@ -1,0 +1,194 @@
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny import tiny_checkpoint, tiny_weights, write_weights
+
+from esparse_jax.files import load_model, save_model, verify_checkpoint, write_json
+from esparse_jax.models.surgery import get_linear, iter_linears, replace_linears, with_weight
+from esparse_jax.pruning import NMPattern
+
+DOWN = "model.layers.1.mlp.down_proj"
+QUERY = "model.layers.0.self_attn.q_proj"
+TWO_OF_FOUR = NMPattern(2, 4)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
+    """2:4 in a random order of the channels, layer by layer, and those orders."""
+    directory = tmp_path_factory.mktemp("verify")
+    source = tiny_checkpoint(directory / "source", tokenizer=False, shards=2, dtype="bfloat16")
+    model, _ = load_model(source)
+    generator = np.random.default_rng(0)
+    orders, linears = {}, {}
+    for path, linear in iter_linears(model):
+        if path == "lm_head":
+            continue
+        kernel = np.array(linear.kernel.get_value())
+        order = generator.permutation(len(kernel)).astype(np.int32)
+        kernel[order[np.arange(len(kernel)) % 4 >= 2]] = 0
+        linears[path], orders[path] = with_weight(linear, jnp.asarray(kernel.T)), order
+    save_model(
+        replace_linears(model, linears),
+        directory / "pruned",
+        like=source,
+        metadata={"pattern": "2:4", "layers": {path: {} for path in orders}},
+        permutations=orders,
+    )
+    return directory / "pruned", orders
+
+
+@pytest.fixture
+def copy(pruned, tmp_path) -> Path:
+    return Path(shutil.copytree(pruned[0], tmp_path / "copy"))
+
+
+def put_back(directory: Path, layer: str, row: int, channel: int) -> str:
+    """Makes one pruned weight non-zero; gives the file it is in."""
+    for file in directory.glob("model*.safetensors"):
+        weights = load_file(file)
+        if f"{layer}.weight" in weights:
+            assert weights[f"{layer}.weight"][row, channel] == 0
+            weights[f"{layer}.weight"][row, channel] = 0.5
+            save_file(weights, file, metadata={"format": "pt"})
+            return file.name
+    raise AssertionError(layer)
+
+
+def edit(directory: Path, **fields) -> None:
+    file = directory / "esparse.json"
+    kept = json.loads(file.read_text()) | fields
+    write_json(file, {k: v for k, v in kept.items() if v != "left out"})
+
+
+def test_a_pruned_checkpoint_passes_in_the_order_of_its_permutations(pruned):
+    directory, orders = pruned
+    for pattern in (None, TWO_OF_FOUR):
+        result = verify_checkpoint(directory, pattern)
+        assert result.ok
+        assert (result.layers, result.violations, result.problems) == (14, (), ())
+        sizes = [
+            w.size // 4 for k, w in tiny_weights().items() if k.removesuffix(".weight") in orders
+        ]
+        assert result.groups == sum(sizes)
+        assert result.summary() == f"ok: 14 layers, {result.groups} groups, all 2:4"
+        assert result.as_dict()["ok"] is True
+        json.dumps(result.as_dict())
+
+
+def test_the_order_matters(copy):
+    (copy / "esparse.json").unlink()
+    result = verify_checkpoint(copy, TWO_OF_FOUR)  # natural order, all decoder linears
+    assert not result.ok
+    assert result.layers == 14
+    assert result.violation_count > 100
+
+
+def test_one_weight_put_back_is_named(pruned, copy):
+    _, orders = pruned
+    order = orders[DOWN]
+    file = put_back(copy, DOWN, 5, int(order[4 * 3 + 2]))
+    result = verify_checkpoint(copy)
+    assert not result.ok
+    (violation,) = result.violations
+    assert (violation.layer, violation.row, violation.group, violation.count) == (DOWN, 5, 3, 3)
+    assert violation.channels == tuple(order[12:16])
+    assert str(violation) == (
+        f"{DOWN}: row 5, group 3 (channels {', '.join(map(str, order[12:16]))}) has 3 non-zeros, "
+        f"2:4 allows 2"
+    )
+    assert result.changed_files == (file,)
+    assert f"changed: {file} is not the file that esparse.json" in result.summary()
+    assert f"FAILED: 1 of 14 layers, {result.groups} groups are not 2:4" in result.summary()
+    assert result.as_dict()["violations"][0]["layer"] == DOWN
+
+
+def test_a_changed_file_is_reported_when_its_groups_are_still_right(copy):
+    file = copy / "model-00001-of-00002.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][3, 4] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    result = verify_checkpoint(copy)
+    assert (result.ok, result.violations, result.problems) == (False, (), ())
+    assert result.changed_files == (file.name,)
+    assert "FAILED: 14 layers" in result.summary()
+    (copy / "esparse_permutations.safetensors").unlink()
+    result = verify_checkpoint(copy)
+    assert result.changed_files == ("esparse_permutations.safetensors", file.name)
+    assert result.problems[0].startswith("esparse_permutations.safetensors is missing; layers are")
+
+
+def test_permutations_that_are_none(copy):
+    file = copy / "esparse_permutations.safetensors"
+    orders = load_file(file)
+    orders[f"{DOWN}.permutation"][0] = orders[f"{DOWN}.permutation"][1]
+    orders[f"{QUERY}.permutation"] = orders[f"{QUERY}.permutation"][:-1]
+    save_file(orders, file)
+    result = verify_checkpoint(copy)
+    assert not result.ok
+    assert result.layers == 12
+    assert [p.split(":")[0] for p in result.problems] == [QUERY, DOWN]
+    assert f"{DOWN}: its permutation does not hold each of 0..63 once" in result.summary()
+    assert result.changed_files == (file.name,)
+    file.write_bytes(file.read_bytes()[:100])
+    assert "is cut short or no safetensors file" in verify_checkpoint(copy).problems[0]
+
+
+def test_the_list_of_layers(copy):
+    edit(copy, layers=[QUERY, "model.layers.7.mlp.up_proj"])
+    result = verify_checkpoint(copy)
+    assert (result.ok, result.layers, result.violations) == (False, 1, ())
+    assert f"{DOWN}: has a permutation but is not listed as pruned" in result.problems
+    assert any(
+        p.startswith("model.layers.7.mlp.up_proj: the checkpoint has no") for p in result.problems
+    )
+    edit(copy, layers=[], permutations=None)
+    assert "no layer is listed as pruned" in verify_checkpoint(copy).summary()
+    edit(copy, layers="left out", permutations="esparse_permutations.safetensors")
+    assert verify_checkpoint(copy).ok
+
+
+def test_layers_left_dense_are_not_checked(tmp_path):
+    source = tiny_checkpoint(tmp_path / "source", tokenizer=False)
+    model, _ = load_model(source)
+    kernel = np.array(get_linear(model, DOWN).kernel.get_value())
+    kernel[np.arange(64) % 4 >= 2] = 0
+    model = replace_linears(
+        model, {DOWN: with_weight(get_linear(model, DOWN), jnp.asarray(kernel.T))}
+    )
+    metadata = {"pattern": "2:4", "layers": [DOWN]}
+    save_model(model, tmp_path / "out", like=source, metadata=metadata)
+    assert verify_checkpoint(tmp_path / "out").ok
+    assert verify_checkpoint(tmp_path / "out", NMPattern(4, 8)).ok
+    result = verify_checkpoint(tmp_path / "out", NMPattern(1, 4), max_violations=5)
+    assert len(result.violations) == 5
+    assert result.violation_count == 32 * 16
+    assert "507 more violations are not named" in result.summary()
+    uneven = verify_checkpoint(tmp_path / "out", NMPattern(2, 5))
+    assert uneven.problems == (f"{DOWN}: 64 channels are no multiple of 5",)
+
+
+def test_not_a_number_counts_and_minus_zero_does_not(tmp_path):
+    directory = tiny_checkpoint(tmp_path, tokenizer=False, num_hidden_layers=1)
+    weights = load_file(directory / "model.safetensors")
+    for name, weight in weights.items():
+        if "proj" in name:
+            weight[:, np.arange(weight.shape[1]) % 4 >= 2] = -0.0
+    write_weights(directory, weights)
+    assert verify_checkpoint(directory, TWO_OF_FOUR).ok
+    weights[f"{QUERY}.weight"][3, 7] = np.nan
+    write_weights(directory, weights)
+    (violation,) = verify_checkpoint(directory, TWO_OF_FOUR).violations
+    assert (violation.layer, violation.row, violation.group) == (QUERY, 3, 1)
+
+
+def test_a_pattern_must_come_from_somewhere(tmp_path):
+    directory = tiny_checkpoint(tmp_path, tokenizer=False)
+    with pytest.raises(ValueError, match=r"has no esparse\.json to take the pattern from\. Give"):
+        verify_checkpoint(directory)
+    with pytest.raises(FileNotFoundError, match="There is no directory"):
+        verify_checkpoint(tmp_path / "nowhere", TWO_OF_FOUR)
