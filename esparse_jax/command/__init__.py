@@ -1,0 +1,1 @@
+"""The `esparse` command."""

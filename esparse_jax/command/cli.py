@@ -1,0 +1,261 @@
+"""The `esparse` command: one frozen dataclass per verb, a few lines each over the rooms above."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from esparse_jax.files import (
+    calibration_windows,
+    check_output,
+    evaluation_windows,
+    load_model,
+    read_text_tokens,
+    save_model,
+    verify_checkpoint,
+    write_json,
+)
+from esparse_jax.inference import generate, perplexity
+from esparse_jax.pipeline import prune_model
+from esparse_jax.pruning import NMPattern, PruneConfig
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def compute_dtype(choice: Dtype) -> str | None:
+    """`auto`: the checkpoint's own dtype on an accelerator, float32 on the CPU.
+
+    XLA's 16-bit products on the CPU are an order of magnitude slower than its float32 ones, and
+    every 16-bit weight is exact in float32, so nothing is lost when it is written back.
+    """
+    if choice != "auto":
+        return choice
+    return "float32" if jax.default_backend() == "cpu" else None
+
+
+def bar(title: str) -> tuple[Bar, Callable[[int, int], None]]:
+    """A progress bar on a terminal, silence elsewhere."""
+    shown = Bar(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+    task = shown.add_task(title, total=None)
+    return shown, lambda done, total: shown.update(task, completed=done, total=total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prune:
+    """Prune a LLaMA checkpoint to N:M and write it as a checkpoint that other tools open."""
+
+    model: tyro.conf.Positional[Path]
+    """Hugging Face directory: config.json, safetensors (sharded or not), tokenizer."""
+    output: Path
+    """Directory to write; it must be empty or absent."""
+    calibration: Path
+    """Text (.txt), documents (.jsonl with a field `text`) or token windows (.npy, .npz)."""
+    pattern: str = "2:4"
+    """N:M, N kept of every M: 2:4, 4:8, 1:4, ..."""
+    method: Literal["esparse", "wanda", "magnitude"] = PruneConfig().method
+    shuffle: Literal["none", "global", "paper", "strided", "full", "assignment"] = (
+        PruneConfig().shuffle
+    )
+    alpha: float = PruneConfig().alpha
+    """Weight of the amplitude against the information richness (equation 3)."""
+    amplitude: Literal["rms", "l2", "relative"] = PruneConfig().amplitude
+    num_bins: int = PruneConfig().num_bins
+    bin_span: Literal["channel", "layer", "rms"] = PruneConfig().bin_span
+    block_size: int = PruneConfig().block_size
+    deal: Literal["naive", "snake"] = PruneConfig().deal
+    skip: tuple[str, ...] = ()
+    """Linears to leave dense, by checkpoint path or its end, e.g. `down_proj`."""
+    num_samples: int = 128
+    sequence_length: int | None = None
+    """Tokens a window; the least of 2048 and the model's context if not given."""
+    batch_size: int = 8
+    """Windows a step; counts do not depend on it."""
+    seed: int = 0
+    dtype: Dtype = "auto"
+    format: Literal["hf"] = "hf"
+    overwrite: bool = False
+    json: Path | None = None
+    """Also write per-layer records and totals here."""
+
+    def run(self, console: Console) -> int:
+        config = PruneConfig(
+            pattern=NMPattern.parse(self.pattern),
+            method=self.method,
+            shuffle=self.shuffle,
+            alpha=self.alpha,
+            amplitude=self.amplitude,
+            num_bins=self.num_bins,
+            bin_span=self.bin_span,
+            block_size=self.block_size,
+            deal=self.deal,
+            skip=self.skip,
+        )
+        check_output(self.output, like=self.model, overwrite=self.overwrite)
+        model, tokenizer = load_model(self.model, dtype=compute_dtype(self.dtype))
+        length = self.sequence_length or min(2048, model.config.max_position_embeddings)
+        windows = calibration_windows(
+            self.calibration,
+            tokenizer,
+            num_samples=self.num_samples,
+            sequence_length=length,
+            seed=self.seed,
+            vocab_size=model.config.vocab_size,
+        )
+        shown, update = bar("pruning")
+        with shown:
+            pruned, report = prune_model(
+                model,
+                windows,
+                config,
+                batch_size=self.batch_size,
+                progress=lambda step: update(step.done, step.blocks),
+            )
+        metadata = report.metadata() | {"seed": self.seed, "calibration": self.calibration.name}
+        save_model(
+            pruned,
+            self.output,
+            like=self.model,
+            metadata=metadata,
+            permutations=report.permutations,
+            overwrite=self.overwrite,
+        )
+        console.print(
+            f"{len(report.layers)} linears at {config.pattern} by {config.method}, shuffle "
+            f"{config.shuffle}: {100 * report.kept_share:.2f} % of the metric kept, "
+            f"{report.seconds:.1f} s. Written to {self.output}."
+        )
+        finish(self.json, metadata)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Perplexity of a checkpoint on a text."""
+
+    model: tyro.conf.Positional[Path]
+    text: Path
+    """A text file, or token windows (.npy, .npz)."""
+    sequence_length: int | None = None
+    """Tokens a window; the least of 2048 and the model's context if not given."""
+    protocol: Literal["raw", "published"] = "raw"
+    """raw: the file as it is, no BOS. published: rows joined by a blank line, one BOS."""
+    batch_size: int = 4
+    dtype: Dtype = "auto"
+    json: Path | None = None
+
+    def run(self, console: Console) -> int:
+        model, tokenizer = load_model(self.model, dtype=compute_dtype(self.dtype))
+        length = self.sequence_length or min(2048, model.config.max_position_embeddings)
+        tokens = read_text_tokens(
+            self.text, tokenizer, protocol=self.protocol, vocab_size=model.config.vocab_size
+        )
+        shown, update = bar("evaluating")
+        with shown:
+            result = perplexity(
+                model,
+                evaluation_windows(tokens, length),
+                batch_size=self.batch_size,
+                progress=update,
+            )
+        console.print(
+            f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of "
+            f"{length}, protocol {self.protocol}, {result.seconds:.1f} s"
+        )
+        finish(self.json, dataclasses.asdict(result) | {"sequence_length": length})
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue a prompt."""
+
+    model: tyro.conf.Positional[Path]
+    prompt: str
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+    dtype: Dtype = "auto"
+    json: Path | None = None
+
+    def run(self, console: Console) -> int:
+        model, tokenizer = load_model(self.model, dtype=compute_dtype(self.dtype))
+        if tokenizer is None:
+            raise ValueError(f"{self.model} has no tokenizer (tokenizer.json), which text needs.")
+        prompt = tokenizer(self.prompt)["input_ids"]
+        started = time.perf_counter()
+        (tokens,) = generate(
+            model,
+            [prompt],
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop_tokens=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+        )
+        seconds = time.perf_counter() - started
+        text = tokenizer.decode(tokens)
+        console.print(self.prompt + text, markup=False, highlight=False)
+        finish(self.json, {"text": text, "tokens": len(tokens), "seconds": seconds})
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Check every pruned layer of a checkpoint group by group; exit status 1 on any violation."""
+
+    model: tyro.conf.Positional[Path]
+    pattern: str | None = None
+    """N:M; what esparse.json says if not given."""
+    json: Path | None = None
+
+    def run(self, console: Console) -> int:
+        pattern = None if self.pattern is None else NMPattern.parse(self.pattern)
+        result = verify_checkpoint(self.model, pattern)
+        for violation in result.violations:
+            console.print(str(violation), markup=False, highlight=False)
+        console.print(result.summary(), markup=False, highlight=False)
+        finish(self.json, result.as_dict())
+        return 0 if result.ok else 1
+
+
+Verb = (
+    Annotated[Prune, tyro.conf.subcommand("prune")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+)
+
+
+def finish(path: Path | None, values: dict[str, Any]) -> None:
+    """Write what `--json` asked for."""
+    if path is not None:
+        write_json(path, values)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: a caller's mistake ends in one line on stderr and exit status 2."""
+    verb = tyro.cli(Verb, args=arguments, prog="esparse", description=__doc__)
+    console = Console(soft_wrap=True)
+    try:
+        status = verb.run(console)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"esparse: {error}", markup=False, highlight=False
+        )
+        status = 2
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Text from a model: one jitted prefill, one jitted decode loop over the key/value cache."""
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from esparse_jax.models.cache import KVCache, init_cache
+
+# Steps of the device-side loop between two looks of the host at the stop tokens.
+CHUNK = 16
+
+
+@partial(jax.jit, static_argnames=("temperature", "top_p"))
+def sample(
+    logits: Float[Array, "batch vocab"],
+    key: Key[Array, ""],
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> Int[Array, " batch"]:
+    """One token a row: the likeliest at temperature 0, else drawn from the nucleus.
+
+    The nucleus is the smallest set of likeliest tokens whose probabilities reach `top_p`; the
+    likeliest token is always in it. Of equal logits the lower id wins.
+
+    Source: nucleus sampling, Holtzman et al. 2020 (arXiv 1904.09751).
+    """
+    logits = logits.astype(jnp.float32)
+    if temperature == 0.0:
+        return logits.argmax(axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    if top_p < 1.0:
+        descending = -jnp.sort(-logits, axis=-1)
+        probability = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        least = jnp.where(before < top_p, descending, jnp.inf).min(axis=-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p"), donate_argnames="cache")
+def _prefill(graphdef, state, tokens, cache, key, *, temperature, top_p):
+    """The cache after the prompts, and the first new token of each row."""
+    model = nnx.merge(graphdef, state)
+    hidden, cache = model.blocks(model.embed(tokens), cache=cache)
+    logits = model.head(hidden[:, -1:])[:, 0]
+    return sample(logits, key, temperature=temperature, top_p=top_p), cache
+
+
+@partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p"), donate_argnames="cache")
+def _decode(graphdef, state, token, cache, keys, *, temperature, top_p):
+    """One token a row and key; the loop runs on the device."""
+    model = nnx.merge(graphdef, state)
+
+    def step(carry: tuple[Int[Array, " batch"], KVCache], key):
+        token, cache = carry
+        logits, cache = model(token[:, None], cache=cache)
+        token = sample(logits[:, 0], key, temperature=temperature, top_p=top_p)
+        return (token, cache), token
+
+    (token, cache), tokens = jax.lax.scan(step, (token, cache), keys)
+    return token, cache, tokens.T
+
+
+def generate(
+    model: nnx.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Collection[int] = (),
+    on_tokens: Callable[[list[np.ndarray]], None] | None = None,
+) -> list[np.ndarray]:
+    """Continues every prompt by up to `max_new_tokens` tokens.
+
+    Prompts may differ in length; they are aligned at their last token. Tokens are decoded in
+    chunks on the device; between chunks the host looks for stop tokens, so the last chunk may be
+    computed in vain but never shows.
+
+    Args:
+        model: A model of this package, dense, masked or sparse.
+        prompts: Token ids, at least one a prompt.
+        max_new_tokens: At most so many tokens a prompt.
+        temperature: 0 takes the likeliest token; greater values draw.
+        top_p: Draws from the smallest set of likeliest tokens of this probability.
+        seed: Of the draws.
+        stop_tokens: A row ends before the first of these.
+        on_tokens: Called after every chunk with each row's new tokens.
+
+    Returns:
+        For each prompt the new tokens, without prompt and without stop token.
+
+    Raises:
+        ValueError: An empty prompt, ids outside the vocabulary, options out of their range, or
+            prompt and new tokens longer than the model's context.
+    """
+    _check(model, prompts, max_new_tokens, temperature, top_p)
+    rows, longest = len(prompts), max(map(len, prompts))
+    padding = np.array([longest - len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((rows, longest), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, padding[row] :] = prompt
+    chunks = -(-(max_new_tokens - 1) // CHUNK)
+    cache = init_cache(
+        model.config,
+        rows,
+        longest + chunks * CHUNK,
+        dtype=model.dtype,
+        padding=jnp.asarray(padding),
+    )
+    graphdef, state = nnx.split(model)
+    options = {"temperature": float(temperature), "top_p": float(top_p)}
+    keys = jax.random.split(jax.random.key(seed), 1 + chunks * CHUNK)
+    token, cache = _prefill(graphdef, state, jnp.asarray(tokens), cache, keys[0], **options)
+    stops = np.array(sorted(stop_tokens), np.int32)
+    finished = np.zeros(rows, bool)
+    parts: list[list[np.ndarray]] = [[] for _ in range(rows)]
+
+    def take(new: np.ndarray) -> None:
+        fresh = []
+        for row in range(rows):
+            kept = new[row, : 0 if finished[row] else None]
+            ends = np.flatnonzero(np.isin(kept, stops))
+            if ends.size:
+                kept, finished[row] = kept[: ends[0]], True
+            parts[row].append(kept)
+            fresh.append(kept)
+        if on_tokens is not None:
+            on_tokens(fresh)
+
+    take(np.asarray(token)[:, None])
+    for chunk in range(chunks):
+        if finished.all():
+            break
+        some = keys[1 + chunk * CHUNK : 1 + (chunk + 1) * CHUNK]
+        token, cache, new = _decode(graphdef, state, token, cache, some, **options)
+        left = max_new_tokens - 1 - chunk * CHUNK
+        take(np.asarray(new)[:, :left])
+    return [np.concatenate(part) for part in parts]
+
+
+def _check(
+    model: nnx.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> None:
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError(
+            "generate needs at least one prompt of at least one token. For an empty prompt give "
+            "the tokenizer's BOS or EOS token."
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    if temperature < 0 or not np.isfinite(temperature):
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or greater.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be in (0, 1]. 1 keeps every token.")
+    vocab_size = model.config.vocab_size
+    for index, prompt in enumerate(prompts):
+        least, greatest = min(prompt), max(prompt)
+        if least < 0 or greatest >= vocab_size:
+            raise ValueError(
+                f"Prompt {index} has ids from {least} to {greatest}; the model's vocabulary has "
+                f"ids 0 to {vocab_size - 1}."
+            )
+    context = model.config.max_position_embeddings
+    needed = max(map(len, prompts)) + max_new_tokens
+    if needed > context:
+        raise ValueError(
+            f"The longest prompt and {max_new_tokens} new tokens take {needed} positions; the "
+            f"model's context has {context}. Shorten the prompt or ask for at most "
+            f"{max(0, context - max(map(len, prompts)))} new tokens."
+        )

@@ -1,0 +1,407 @@
+"""Prunes a whole model: block by block, each block seeing the pruned blocks before it.
+
+Every block passes three times over the calibration windows: once for the span of each channel,
+once for its histogram (both through the block's dense weights), and once pruned, for the inputs of
+the next block.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from esparse_jax.files.interop import flax_params_from_model, model_from_flax_params
+from esparse_jax.models.layers import Calibration
+from esparse_jax.models.llama import LAYERS_PATH, PRUNED_GROUPS, LlamaConfig
+from esparse_jax.models.surgery import (
+    clone_model,
+    get_linear,
+    matches_path,
+    observe,
+    observed,
+    set_linear,
+    split_layer,
+    weight_of,
+    with_weight,
+)
+from esparse_jax.pruning import (
+    ChannelRange,
+    ChannelStats,
+    NMPattern,
+    PruneConfig,
+    init_range,
+    init_stats,
+    layer_metric,
+    nm_mask,
+    prune_linear,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecord:
+    """What pruning did to one linear layer.
+
+    Attributes:
+        path: The layer's name in the checkpoint.
+        out: Output features.
+        channels: Input features.
+        kept_share: The retained metric (equation 5) over the sum of all scores.
+        natural_share: The same had the channels stayed in the given order.
+        alpha: The weight of the amplitude in equation (3).
+        richness: Least and greatest information richness of a channel, nats.
+        amplitude: Least and greatest amplitude of a channel.
+        seconds: Wall time of metric, shuffle and mask for all layers that share this input.
+    """
+
+    path: str
+    out: int
+    channels: int
+    kept_share: float
+    natural_share: float
+    alpha: float
+    richness: tuple[float, float]
+    amplitude: tuple[float, float]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneReport:
+    """The choices of a run, and what became of every linear layer, by checkpoint path."""
+
+    config: PruneConfig
+    layers: dict[str, LayerRecord]
+    permutations: dict[str, np.ndarray]
+    skipped: tuple[str, ...]
+    windows: tuple[int, int]
+    seconds: float
+
+    @property
+    def kept_share(self) -> float:
+        """Mean over the pruned layers of the share of the metric that was kept; 1 for none."""
+        shares = [record.kept_share for record in self.layers.values()]
+        return float(np.mean(shares)) if shares else 1.0
+
+    def metadata(self) -> dict[str, Any]:
+        """What `esparse.json` says of this run: plain values only."""
+        options = dataclasses.asdict(self.config) | {"pattern": str(self.config.pattern)}
+        return {
+            "pattern": str(self.config.pattern),
+            "method": self.config.method,
+            "options": options,
+            "calibration_windows": list(self.windows),
+            "layers": {path: dataclasses.asdict(record) for path, record in self.layers.items()},
+            "skipped": list(self.skipped),
+            "kept_share": self.kept_share,
+            "seconds": self.seconds,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneProgress:
+    """How far a run is: `done` of `blocks` blocks, and the records of the last one."""
+
+    done: int
+    blocks: int
+    records: tuple[LayerRecord, ...]
+
+
+# Compiled once per shape: the blocks of a model share one graph definition.
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _observe(graphdef, calibration, weights, hidden):
+    block = nnx.merge(graphdef, calibration, weights)
+    block(hidden)
+    return nnx.state(block, Calibration)
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(graphdef, state, hidden):
+    return nnx.merge(graphdef, state)(hidden)
+
+
+def _calibrate(
+    block: nnx.Module,
+    statistics: Mapping[str, ChannelRange | ChannelStats],
+    batches: list[Float[Array, "_ seq channel"]],
+) -> dict[str, ChannelRange | ChannelStats]:
+    """The statistics after the block has seen all batches, with its weights as they are."""
+    watched = observe(block, statistics)
+    graphdef, calibration, weights = nnx.split(watched, Calibration, ...)
+    calibration = jax.tree.map(jnp.copy, calibration)  # donated below; the caller keeps its own
+    for hidden in batches:
+        calibration = _observe(graphdef, calibration, weights, hidden)
+    nnx.update(watched, calibration)
+    return observed(watched)
+
+
+def calibrate_block(
+    block: nnx.Module,
+    groups: tuple[tuple[str, ...], ...],
+    batches: list[Float[Array, "_ seq channel"]],
+    config: PruneConfig,
+    *,
+    name: str = "the block",
+) -> dict[str, ChannelStats]:
+    """Statistics of the inputs of a block's linears, in two exact passes over its own inputs.
+
+    The second pass may compute activations that differ from the first's in their last bits (other
+    fusions); they are clipped into the span, so that every histogram counts every token.
+
+    Args:
+        block: A decoder layer with plain linears.
+        groups: Paths of linears that share an input; the first of each is watched.
+        batches: The block's inputs.
+        config: `num_bins` and `bin_span` are read.
+        name: For messages.
+
+    Returns:
+        For each group's first path the statistics of the input that the group shares.
+
+    Raises:
+        FloatingPointError: An input of a linear holds NaN or Inf; all are named.
+    """
+    watched = {group[0]: get_linear(block, group[0]).in_features for group in groups}
+    ranges = _calibrate(block, {path: init_range(n) for path, n in watched.items()}, batches)
+    wrong = [
+        f"{name}.{path}: {count} of {watched[path]} input channels"
+        for path, seen in ranges.items()
+        if (count := int((~jnp.isfinite(seen.maximum - seen.minimum)).sum()))
+    ]
+    if wrong:
+        raise FloatingPointError(
+            "Activations are NaN or Inf while calibrating, so no channel can be compared with "
+            "another. Look for such values in the weights, or calibrate in a wider dtype "
+            "(dtype='float32'). Found in:\n" + "\n".join(wrong)
+        )
+    start = {
+        path: init_stats(seen, num_bins=config.num_bins, span=config.bin_span)
+        for path, seen in ranges.items()
+    }
+    return _calibrate(block, start, batches)
+
+
+@partial(jax.jit, static_argnames=("pattern", "bounds"))
+def _shares(
+    metric: Float[Array, "out channel"],
+    mask: Bool[Array, "out channel"],
+    pattern: NMPattern,
+    bounds: tuple[int, ...],
+) -> tuple[Float[Array, " member"], Float[Array, " member"]]:
+    """For each linear of a stack the share of its metric kept: by the mask, and without shuffle."""
+
+    def share(kept: Bool[Array, "out channel"]) -> Float[Array, " member"]:
+        retained = jnp.split(jnp.where(kept, metric, 0.0), bounds)
+        total = jnp.split(metric, bounds)
+        return jnp.stack(
+            [r.sum() / jnp.maximum(t.sum(), 1e-38) for r, t in zip(retained, total, strict=True)]
+        )
+
+    return share(mask), share(nm_mask(metric, pattern))
+
+
+def _prune_group(
+    block: nnx.Module, name: str, group: tuple[str, ...], stats: ChannelStats, config: PruneConfig
+) -> tuple[list[LayerRecord], np.ndarray]:
+    """Prunes linears that share an input under one permutation, their rows stacked; in place."""
+    started = time.perf_counter()
+    linears = [get_linear(block, path) for path in group]
+    weights = [weight_of(linear) for linear in linears]
+    bounds = tuple(np.cumsum([weight.shape[0] for weight in weights[:-1]]).tolist())
+    stacked = jnp.concatenate(weights)
+    pruned = prune_linear(stacked, stats, config)
+    metric = layer_metric(stacked, stats, config)
+    kept, natural = map(np.asarray, _shares(metric, pruned.mask, config.pattern, bounds))
+    for path, linear, weight in zip(group, linears, jnp.split(pruned.weight, bounds), strict=True):
+        set_linear(block, path, with_weight(linear, weight))
+    record = jax.tree.map(float, pruned.record)
+    permutation = np.asarray(pruned.permutation)  # waits for the device
+    seconds = time.perf_counter() - started
+    records = [
+        LayerRecord(
+            path=f"{name}.{path}",
+            out=weights[member].shape[0],
+            channels=weights[member].shape[1],
+            kept_share=float(kept[member]),
+            natural_share=float(natural[member]),
+            alpha=config.alpha,
+            richness=(record.richness_min, record.richness_max),
+            amplitude=(record.amplitude_min, record.amplitude_max),
+            seconds=seconds,
+        )
+        for member, path in enumerate(group)
+    ]
+    return records, permutation
+
+
+def prune_model(
+    model: nnx.Module,
+    calibration: Int[np.ndarray, "sample seq"],
+    config: PruneConfig,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[PruneProgress], None] | None = None,
+) -> tuple[nnx.Module, PruneReport]:
+    """Prunes every decoder linear of a model to N:M; embeddings, norms and head stay dense.
+
+    The pruned model keeps its weights in the given channel order with zeros in place, so it needs
+    no permutation to be right. Where a channel shuffle was searched, a layer is N:M in the order
+    of its permutation, which the report carries beside it.
+
+    Args:
+        model: A dense model; it is not changed.
+        calibration: Token windows, one a row (`files.data.calibration_windows`).
+        config: The choices.
+        batch_size: Windows a step; activations of one step are the driver's working memory beside
+            the hidden states of all windows.
+        progress: Called after every block.
+
+    Returns:
+        The pruned model, and what was done.
+
+    Raises:
+        ValueError: Calibration windows of the wrong shape or with ids outside the vocabulary; a
+            layer whose channels are not a multiple of M (leave it dense with `skip`); a name in
+            `skip` that means no layer.
+        FloatingPointError: NaN or Inf in weights or activations, named by layer.
+
+    Source: E-Sparse, sections 3 and 5.1; statistics of a block from one dense pass of that block
+    on the outputs of the pruned blocks before it, as in Wanda (arXiv 2306.11695).
+    """
+    _check_calibration(calibration, model.config.vocab_size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    started = time.perf_counter()
+    model = clone_model(model)
+    blocks = len(model.model.layers)
+    plan = _plan(model, config)
+    batches = [
+        model.embed(jnp.asarray(calibration[start : start + batch_size], jnp.int32))
+        for start in range(0, len(calibration), batch_size)
+    ]
+    layers: dict[str, LayerRecord] = {}
+    permutations: dict[str, np.ndarray] = {}
+    for index in range(blocks):
+        block, name = model.model.layers[index], f"{LAYERS_PATH}.{index}"
+        groups = plan[index]
+        statistics = calibrate_block(block, groups, batches, config, name=name) if groups else {}
+        records = []
+        for group in groups:
+            done, permutation = _prune_group(block, name, group, statistics[group[0]], config)
+            records += done
+            permutations |= {record.path: permutation for record in done}
+        layers |= {record.path: record for record in records}
+        if index + 1 < blocks:
+            graphdef, state = split_layer(block)
+            batches = [_forward(graphdef, state, hidden) for hidden in batches]
+        if progress is not None:
+            progress(PruneProgress(index + 1, blocks, tuple(records)))
+    report = PruneReport(
+        config=config,
+        layers=layers,
+        permutations=permutations,
+        skipped=tuple(path for path in _all_paths(blocks) if path not in layers),
+        windows=(int(calibration.shape[0]), int(calibration.shape[1])),
+        seconds=time.perf_counter() - started,
+    )
+    return model, report
+
+
+def prune_params(
+    params: Mapping[str, Any],
+    model_config: LlamaConfig | Mapping[str, Any] | Any,
+    calibration: Int[np.ndarray, "sample seq"],
+    config: PruneConfig,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[PruneProgress], None] | None = None,
+) -> tuple[Mapping[str, Any], PruneReport]:
+    """`prune_model` for the parameters of transformers' FlaxLlamaForCausalLM.
+
+    Args:
+        params: The pytree, `model/layers/0/self_attn/q_proj/kernel` as [in, out] and so on, nested
+            dicts or a FrozenDict.
+        model_config: `LlamaConfig`, the fields of `config.json`, or a transformers config object.
+        calibration, config, batch_size, progress: As for `prune_model`.
+
+    Returns:
+        Pruned parameters in a pytree of the same structure and dtypes, and the report; its paths
+        are the checkpoint's names.
+    """
+    if not isinstance(model_config, LlamaConfig):
+        fields = model_config if isinstance(model_config, Mapping) else model_config.to_dict()
+        model_config = LlamaConfig.from_dict(fields)
+    model = model_from_flax_params(params, model_config)
+    pruned, report = prune_model(
+        model, calibration, config, batch_size=batch_size, progress=progress
+    )
+    return flax_params_from_model(pruned, like=params), report
+
+
+def _all_paths(blocks: int) -> list[str]:
+    return [
+        f"{LAYERS_PATH}.{index}.{path}"
+        for index in range(blocks)
+        for group in PRUNED_GROUPS
+        for path in group
+    ]
+
+
+def _plan(model: nnx.Module, config: PruneConfig) -> list[tuple[tuple[str, ...], ...]]:
+    """For each block the groups of linears to prune, skipped ones left out; all checked first."""
+    blocks = model.model.layers
+    paths = _all_paths(len(blocks))
+    unknown = [name for name in config.skip if not any(matches_path(p, (name,)) for p in paths)]
+    if unknown:
+        raise ValueError(
+            f"skip={unknown} names no linear of this model. Give a checkpoint path or its end, "
+            f"for example {paths[-1]!r} or {PRUNED_GROUPS[-1][0]!r}."
+        )
+    plan, uneven, broken = [], [], []
+    for index, block in enumerate(blocks):
+        name = f"{LAYERS_PATH}.{index}"
+        groups = []
+        for group in PRUNED_GROUPS:
+            kept = tuple(p for p in group if not matches_path(f"{name}.{p}", config.skip))
+            if kept:
+                groups.append(kept)
+            for path in kept:
+                linear = get_linear(block, path)
+                if linear.in_features % config.pattern.m:
+                    uneven.append(f"{name}.{path} has {linear.in_features}")
+                if not bool(jnp.isfinite(weight_of(linear)).all()):
+                    broken.append(f"{name}.{path}")
+        plan.append(tuple(groups))
+    if uneven:
+        raise ValueError(
+            f"{config.pattern} pruning groups {config.pattern.m} neighbouring input channels, so "
+            f"their number must be a multiple of {config.pattern.m}. Leave these dense with skip, "
+            f"for example skip=({uneven[0].split()[0]!r},):\n" + "\n".join(uneven)
+        )
+    if broken:
+        raise FloatingPointError(
+            "NaN or Inf among the weights to prune; a score from them would mean nothing. Repair "
+            "the checkpoint, or leave these dense with skip:\n" + "\n".join(broken)
+        )
+    return plan
+
+
+def _check_calibration(calibration: Int[np.ndarray, "sample seq"], vocab_size: int) -> None:
+    if calibration.ndim != 2 or 0 in calibration.shape:
+        raise ValueError(
+            f"Calibration takes token windows [sample, seq], at least one of at least one token; "
+            f"got shape {tuple(calibration.shape)}."
+        )
+    if not np.issubdtype(calibration.dtype, np.integer):
+        raise TypeError(f"Calibration takes token ids, integers; got {calibration.dtype}.")
+    least, greatest = int(calibration.min()), int(calibration.max())
+    if least < 0 or greatest >= vocab_size:
+        raise ValueError(
+            f"Calibration ids run from {least} to {greatest}; the model's vocabulary has ids 0 to "
+            f"{vocab_size - 1}. The windows were made with another tokenizer."
+        )

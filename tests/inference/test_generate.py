@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from esparse_jax import generate
+from esparse_jax.inference.generate import CHUNK, sample
+from esparse_jax.models import LlamaConfig, LlamaForCausalLM
+
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,
+}
+PROMPTS = [[1, 2, 3], [5], [7, 8]]
+COUNT = CHUNK + 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LlamaForCausalLM(LlamaConfig.from_dict(FIELDS), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    return generate(model, PROMPTS, max_new_tokens=COUNT)
+
+
+def test_greedy_tokens_are_those_of_the_model_without_a_cache(model, greedy):
+    forward = jax.jit(lambda tokens: model(tokens))
+    for prompt, tokens in zip(PROMPTS, greedy, strict=True):
+        assert len(tokens) == COUNT
+        whole = jnp.asarray([prompt + tokens.tolist()])
+        expected = np.asarray(forward(whole))[0, len(prompt) - 1 : -1].argmax(axis=-1)
+        np.testing.assert_array_equal(tokens, expected)
+
+
+def test_rows_end_before_their_stop_token_and_chunks_are_streamed(model, greedy):
+    stop = int(greedy[0][5])
+    chunks = []
+    stopped = generate(
+        model, PROMPTS, max_new_tokens=COUNT, stop_tokens=[stop], on_tokens=chunks.append
+    )
+    for tokens, whole in zip(stopped, greedy, strict=True):
+        ends = np.flatnonzero(whole == stop)
+        np.testing.assert_array_equal(tokens, whole[: ends[0]] if ends.size else whole)
+    for row, tokens in enumerate(stopped):
+        np.testing.assert_array_equal(np.concatenate([chunk[row] for chunk in chunks]), tokens)
+
+
+def test_draws_repeat_with_their_seed_and_differ_with_another(model):
+    options = {"max_new_tokens": COUNT, "temperature": 1.5, "top_p": 0.9}
+    first, again = (generate(model, PROMPTS, seed=3, **options) for _ in range(2))
+    other = generate(model, PROMPTS, seed=4, **options)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert any((a != b).any() for a, b in zip(first, other, strict=True))
+
+
+def test_nucleus_is_the_smallest_set_that_reaches_top_p():
+    probability = np.array([0.4, 0.1, 0.3, 0.2])
+    logits = jnp.tile(jnp.log(jnp.asarray(probability, jnp.float32))[None], (4000, 1))
+    for top_p, allowed in ((0.35, {0}), (0.6, {0, 2}), (0.75, {0, 2, 3}), (1.0, {0, 1, 2, 3})):
+        drawn = np.asarray(sample(logits, jax.random.key(0), temperature=1.0, top_p=top_p))
+        assert set(drawn.tolist()) == allowed
+        share = np.bincount(drawn, minlength=4) / len(drawn)
+        expected = np.where(np.isin(np.arange(4), list(allowed)), probability, 0)
+        np.testing.assert_allclose(share, expected / expected.sum(), atol=0.03)
+    assert (np.asarray(sample(logits, jax.random.key(0))) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "at least one prompt"),
+        ([[1], []], {}, "at least one token"),
+        ([[31]], {}, r"Prompt 0 has ids from 31 to 31; .* 0 to 30"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+        ([[1] * 60], {"max_new_tokens": 5}, "take 65 positions; .* 64.* at most 4 new"),
+    ],
+)
+def test_bad_input_is_named(model, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, **({"max_new_tokens": 4} | options))
