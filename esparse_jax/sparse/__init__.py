@@ -1,0 +1,28 @@
+"""The 2:4 weight and its product."""
+
+from .blob import Blob24, blob24, compressed24_of, interleave_gate_up
+from .compress import Compressed24, check24, compress24, decompress24
+from .fused import (
+    fused_matmul,
+    fused_matmul_reference,
+    sparse_mlp,
+    sparse_mlp_reference,
+)
+from .matmul import sparse_matmul, sparse_matmul_reference
+
+__all__ = [
+    "Blob24",
+    "Compressed24",
+    "blob24",
+    "check24",
+    "compress24",
+    "compressed24_of",
+    "decompress24",
+    "fused_matmul",
+    "fused_matmul_reference",
+    "interleave_gate_up",
+    "sparse_matmul",
+    "sparse_matmul_reference",
+    "sparse_mlp",
+    "sparse_mlp_reference",
+]

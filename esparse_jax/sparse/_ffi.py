@@ -1,0 +1,97 @@
+"""The one file that knows the C++ extension: loads it, registers its targets, wraps each call.
+
+Nothing happens at import. The extension is optional: without it `cpu_product_available` says no,
+one line is logged, and `sparse_matmul` computes with plain JAX.
+"""
+
+import functools
+import importlib
+import logging
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+_LOGGER = logging.getLogger(__name__)
+_EXTENSION = "esparse_jax.sparse._esparse_ffi"
+
+CPU_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@functools.cache
+def _extension() -> ModuleType | None:
+    """The extension with its targets registered, or None; asked once per process."""
+    try:
+        extension = importlib.import_module(_EXTENSION)
+    except ImportError as error:
+        _LOGGER.warning(
+            "%s is missing (%s): on the CPU sparse_matmul computes with plain JAX, which is right "
+            "but no faster than a dense product. Build it with `pip install .` (see BUILD.md).",
+            _EXTENSION,
+            error,
+        )
+        return None
+    for name, (platform, stages) in extension.registrations().items():
+        jax.ffi.register_ffi_target(name, stages, platform=platform)
+    return extension
+
+
+def cpu_product_available() -> bool:
+    """Whether the compiled product for the CPU platform can be called."""
+    return _extension() is not None
+
+
+@functools.cache
+def cpu_levels() -> tuple[str, ...]:
+    """The instruction-set levels this processor can run, best first; the last is "portable"."""
+    extension = _extension()
+    return () if extension is None else tuple(extension.cpu_levels())
+
+
+def cpu_product(
+    x: Float[Array, "row channel"],
+    values: Float[Array, "out kept"],
+    indices: UInt8[Array, "out byte"],
+    *,
+    level: str = "best",
+) -> Float[Array, "row out"]:
+    """`x @ weight.T` by the compiled kernels, on the threads XLA computes with.
+
+    Args:
+        level: One of `cpu_levels()`, or "best": the first of them. For tests and benchmarks.
+    """
+    extension = _require_extension(values)
+    if level != "best" and level not in cpu_levels():
+        raise ValueError(f"this processor runs the levels {cpu_levels()}; got {level!r}.")
+    # The result varies over the same mesh axes as x, the weight, or both (inside shard_map).
+    result = jax.eval_shape(lambda x, v: x[:, :1] + v[None, :, 0], x, values)
+    call = jax.ffi.ffi_call(extension.PRODUCT24_CPU, jax.ShapeDtypeStruct.like(result))
+    code = -1 if level == "best" else extension.cpu_level_code(level)
+    return call(x, values, indices, level=np.int32(code))
+
+
+def cpu_expand(
+    values: Float[Array, "out kept"], indices: UInt8[Array, "out byte"]
+) -> Float[Array, "out channel"]:
+    """The dense weight; several times as fast as `decompress24` is on the CPU."""
+    extension = _require_extension(values)
+    result = jax.eval_shape(lambda v: jnp.concatenate([v, v], axis=1), values)
+    call = jax.ffi.ffi_call(extension.EXPAND24_CPU, jax.ShapeDtypeStruct.like(result))
+    return call(values, indices)
+
+
+def _require_extension(values: Array) -> ModuleType:
+    extension = _extension()
+    if extension is None:
+        raise RuntimeError(
+            f'backend="cpu" needs the compiled extension {_EXTENSION}, which is not installed. '
+            f'Build it with `pip install .` (see BUILD.md), or use backend="reference".'
+        )
+    if values.dtype.name not in CPU_DTYPES:
+        raise TypeError(
+            f'backend="cpu" multiplies {", ".join(CPU_DTYPES)}; got {values.dtype.name}. Use '
+            f'backend="reference", or cast both x and the weight.'
+        )
+    return extension

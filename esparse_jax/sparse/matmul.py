@@ -1,0 +1,309 @@
+"""The product with a 2:4 weight, chosen by platform when a computation is lowered."""
+
+import functools
+import logging
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from . import _ffi, _ffi_cuda
+from .blob import Blob24, blob_bytes, compressed24_of
+from .compress import Compressed24, decompress24
+
+Backend = Literal["reference", "cpu", "decode"]
+BACKENDS = ("reference", "cpu", "decode")
+_LOGGER = logging.getLogger(__name__)
+
+
+def sparse_matmul(
+    x: Float[Array, "*batch channel"],
+    compressed: Compressed24 | Blob24,
+    *,
+    backend: Backend | None = None,
+) -> Float[Array, "*batch out"]:
+    """`x @ weight.T` for a 2:4 weight, from its compressed form.
+
+    Any number of leading axes; sums in float32, rounded once to the dtype of `x`. Works in `jit`,
+    `scan`, `shard_map`, `vmap` (over `x` the batch becomes rows; over weights the products run one
+    after the other) and `jax.export`.
+
+    On the CPU platform this is a compiled product, multithreaded and vectorised; everywhere else it
+    is plain JAX (`sparse_matmul_reference`). The choice is made when the computation is lowered, so
+    one traced function serves several platforms. Where the compiled product would lose it is passed
+    over: without AVX-512, more than 128 rows (without AVX2 as well, 16) are multiplied with the
+    dense weight, expanded for the call. float64 is always plain JAX. If the extension was not built,
+    one line is logged and plain JAX is used.
+
+    On NVIDIA GPUs a weight made by `blob24` is multiplied by our decode kernel for up to 16 rows.
+    More rows, and a weight left as `Compressed24`, take the plain-JAX path there, which unpacks the
+    weight at every call; one line is logged.
+
+    Differentiable in `x` and in the kept values (not in a blob, which is bytes), through the dense
+    weight: its transpose is not 2:4 along the axis that is summed there, so the backward pass is a
+    dense product.
+
+    Args:
+        x: Activations in the order of channels the weight was compressed in, in its dtype.
+        compressed: From `compress24`, or its device form from `blob24`.
+        backend: None chooses as above. "reference", "cpu" or "decode" takes that one, or raises; a
+            computation with "cpu" or "decode" (NVIDIA GPUs, a blob, 1 to 16 rows) cannot be lowered
+            for another platform.
+
+    Returns:
+        `[..., out]` in the dtype of `x`.
+
+    Raises:
+        ValueError: `x` has another number of channels than the weight, or an unknown backend.
+        TypeError: `x` and the weight have different dtypes.
+        RuntimeError: backend="cpu" without the extension, "decode" without its CUDA part.
+
+    Source: E-Sparse, section 4 (the product of x with the pruned weight by sparse units).
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {BACKENDS}; got {backend!r}.")
+    if isinstance(compressed, Blob24):
+        _require_matching_blob(x, compressed)
+        batch = x.shape[:-1]
+        y = _blob_matmul(
+            x.reshape(math.prod(batch), x.shape[-1]),
+            compressed.data,
+            (compressed.shape, compressed.dtype, backend),
+        )
+        return y.reshape(*batch, compressed.shape[0])
+    if backend == "decode":
+        raise TypeError(
+            'backend="decode" multiplies the device form of a weight; got a Compressed24. Convert '
+            "it once, when the model is loaded: blob24(compressed)."
+        )
+    if backend is None and jax.default_backend() == "gpu":
+        _log_once("a weight that is not in its device form (blob24) is unpacked at every call")
+    values, indices = compressed.values, compressed.indices
+    _require_matching(x, values, indices)
+    batch = x.shape[:-1]
+    y = _matmul(x.reshape(math.prod(batch), x.shape[-1]), values, indices, backend)
+    return y.reshape(*batch, values.shape[0])
+
+
+def sparse_matmul_reference(
+    x: Float[Array, "*batch channel"], compressed: Compressed24 | Blob24
+) -> Float[Array, "*batch out"]:
+    """What `sparse_matmul` computes, in plain JAX: the dense weight, then a dot in float32."""
+    return sparse_matmul(x, compressed, backend="reference")
+
+
+def _require_matching(x: Array, values: Array, indices: Array) -> None:
+    out, kept = values.shape
+    channels = 2 * kept
+    if x.ndim < 1 or x.shape[-1] != channels:
+        raise ValueError(
+            f"x must end in the weight's {channels} input channels; got shape {tuple(x.shape)} for "
+            f"a compressed weight of dense shape {(out, channels)}."
+        )
+    if indices.shape != (out, -(-channels // 8)) or indices.dtype != jnp.uint8:
+        raise ValueError(
+            f"values of shape {(out, kept)} need indices uint8{[out, -(-channels // 8)]}; got "
+            f"{indices.dtype}{list(indices.shape)}. Build both with compress24."
+        )
+    if x.dtype != values.dtype:
+        raise TypeError(
+            f"x is {x.dtype} and the compressed weight {values.dtype}; sparse_matmul does not "
+            f"convert. Cast x, x.astype({values.dtype}), or compress the weight in {x.dtype}."
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.jit, static_argnums=3)
+def _matmul(
+    x: Float[Array, "row channel"],
+    values: Float[Array, "out kept"],
+    indices: UInt8[Array, "out byte"],
+    backend: Backend | None,
+) -> Float[Array, "row out"]:
+    return _batchable(backend)(x, values, indices)
+
+
+def _matmul_forward(x, values, indices, backend):
+    return _matmul(x, values, indices, backend), (x, values, indices)
+
+
+def _matmul_backward(backend, residuals, gradient):
+    x, values, indices = residuals
+    # The reference's own derivative, so that inside shard_map a gradient is summed over the axes
+    # that its primal does not vary over.
+    _, pullback = jax.vjp(lambda x, values: _reference(x, values, indices), x, values)
+    return *pullback(gradient), np.zeros(indices.shape, jax.dtypes.float0)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.cache
+def _batchable(backend: Backend | None):
+    """The product of one backend, with vmap taken care of so that no custom call ever meets it."""
+
+    @jax.custom_batching.custom_vmap
+    def product(x, values, indices):
+        if backend == "reference":
+            return _reference(x, values, indices)
+        if backend == "cpu":
+            return jax.lax.platform_dependent(x, values, indices, cpu=_ffi.cpu_product)
+        if values.dtype.name in _ffi.CPU_DTYPES and _ffi.cpu_product_available():
+            return jax.lax.platform_dependent(x, values, indices, cpu=_cpu, default=_reference)
+        return _reference(x, values, indices)
+
+    @product.def_vmap
+    def _batched(axis_size, batched, x, values, indices):
+        x_batched, values_batched, indices_batched = batched
+        if not values_batched and not indices_batched:
+            rows = x.reshape(-1, x.shape[-1])
+            return product(rows, values, indices).reshape(axis_size, -1, values.shape[0]), True
+
+        def one(i):
+            return product(
+                x[i] if x_batched else x,
+                values[i] if values_batched else values,
+                indices[i] if indices_batched else indices,
+            )
+
+        return jax.lax.map(one, jnp.arange(axis_size)), True
+
+    return product
+
+
+def _require_matching_blob(x: Array, blob: Blob24) -> None:
+    if x.ndim < 1 or x.shape[-1] != blob.shape[1]:
+        raise ValueError(
+            f"x must end in the weight's {blob.shape[1]} input channels; got shape "
+            f"{tuple(x.shape)} for a blob of dense shape {blob.shape}."
+        )
+    if blob.data.shape != (blob_bytes(blob.shape),) or blob.data.dtype != jnp.uint8:
+        raise ValueError(
+            f"a weight of shape {blob.shape} is a blob of uint8[{blob_bytes(blob.shape)}]; got "
+            f"{blob.data.dtype}{list(blob.data.shape)}. Build it with blob24."
+        )
+    if x.dtype != blob.dtype:
+        raise TypeError(
+            f"x is {x.dtype} and the weight {blob.dtype}; sparse_matmul does not convert. Cast x, "
+            f"x.astype({blob.dtype}), or compress the weight in {x.dtype}."
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=2)
+def _blob_matmul(
+    x: Float[Array, "row channel"], data: UInt8[Array, " blob_byte"], choice: tuple
+) -> Float[Array, "row out"]:
+    return _batchable_blob(choice)(x, data)
+
+
+def _blob_matmul_forward(x, data, choice):
+    return _blob_matmul(x, data, choice), data
+
+
+def _blob_matmul_backward(choice, data, gradient):
+    shape, dtype, _ = choice
+    dense = decompress24(compressed24_of(Blob24(data, shape, dtype)))
+    return _dot(gradient, dense, contract=(1, 0)), np.zeros(data.shape, jax.dtypes.float0)
+
+
+_blob_matmul.defvjp(_blob_matmul_forward, _blob_matmul_backward)
+
+
+@functools.cache
+def _batchable_blob(choice: tuple):
+    """The product from a blob, with vmap taken care of as in `_batchable`."""
+    shape, dtype, backend = choice
+
+    def unpacked(x, data):
+        compressed = compressed24_of(Blob24(data, shape, dtype))
+        other = _batchable(None if backend == "decode" else backend)
+        return other(x, compressed.values, compressed.indices)
+
+    def decode(x, data):
+        return _ffi_cuda.decode(x, data, out=shape[0])
+
+    @jax.custom_batching.custom_vmap
+    def product(x, data):
+        if backend == "decode":
+            return jax.lax.platform_dependent(x, data, cuda=decode)
+        if backend is None and decode_fits(x.shape[0]):
+            return jax.lax.platform_dependent(x, data, cuda=decode, default=unpacked)
+        return unpacked(x, data)
+
+    @product.def_vmap
+    def _batched(axis_size, batched, x, data):
+        x_batched, data_batched = batched
+        if not data_batched:
+            rows = x.reshape(-1, x.shape[-1])
+            return product(rows, data).reshape(axis_size, -1, shape[0]), True
+
+        def one(i):
+            return product(x[i] if x_batched else x, data[i])
+
+        return jax.lax.map(one, jnp.arange(axis_size)), True
+
+    return product
+
+
+def decode_fits(rows: int) -> bool:
+    """Whether the decode kernel takes this number of rows; on a GPU a no is logged."""
+    if 1 <= rows <= _ffi_cuda.MAX_ROWS and _ffi_cuda.decode_available():
+        return True
+    if jax.default_backend() == "gpu" and rows > 0:
+        if rows > _ffi_cuda.MAX_ROWS:
+            _log_once(
+                f"the decode kernel takes up to {_ffi_cuda.MAX_ROWS} rows; for more, the weight is "
+                f"unpacked at every call"
+            )
+        else:
+            _log_once(
+                "the extension was built without its CUDA part (BUILD.md), so the weight is "
+                "unpacked at every call"
+            )
+    return False
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    _LOGGER.warning("sparse_matmul on the GPU is right but no faster than dense here: %s.", reason)
+
+
+# Rows up to which the compiled product beat XLA's dense one, by the best level of the processor;
+# with AVX-512 it always did. Measured on Sapphire Rapids with the product held back to the level
+# and XLA not (it chooses its own kernels), so a processor of that level is better off than this.
+_ROWS_WITHOUT_AVX512 = {"avx2": 128, "portable": 16}
+
+
+def _cpu(
+    x: Float[Array, "row channel"],
+    values: Float[Array, "out kept"],
+    indices: UInt8[Array, "out byte"],
+) -> Float[Array, "row out"]:
+    """The fastest way on this processor: the compiled product, or dense after expanding."""
+    rows = _ROWS_WITHOUT_AVX512.get(_ffi.cpu_levels()[0])
+    if rows is None or x.shape[0] <= rows:
+        return _ffi.cpu_product(x, values, indices)
+    return _dot(x, _ffi.cpu_expand(values, indices), contract=(1, 1))
+
+
+def _reference(
+    x: Float[Array, "row channel"],
+    values: Float[Array, "out kept"],
+    indices: UInt8[Array, "out byte"],
+) -> Float[Array, "row out"]:
+    return _dot(x, decompress24(_wrap(values, indices)), contract=(1, 1))
+
+
+def _wrap(values: Array, indices: Array) -> Compressed24:
+    return Compressed24(values, indices, (values.shape[0], 2 * values.shape[1]))
+
+
+def _dot(a: Array, b: Array, *, contract: tuple[int, int]) -> Array:
+    """A matrix product summed in float32 (or wider) and rounded once, to the dtype of `a`."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide).astype(a.dtype)

@@ -1,0 +1,48 @@
+// What the host hands to the decode kernel, and where it finds the kernel's instances.
+#ifndef ESPARSE_FFI_CUDA_DECODE_ARGS_H_
+#define ESPARSE_FFI_CUDA_DECODE_ARGS_H_
+
+#include <cstdint>
+
+#include "cuda/decode.h"
+
+namespace esparse::cuda {
+
+constexpr int kTileRows = 16;
+constexpr int kUnitChannels = 128;
+constexpr int kUnitValueBytes = kTileRows * kUnitChannels;  // 64 values of 2 bytes a row
+constexpr int kUnitIndexBytes = kUnitValueBytes / 8;
+constexpr int kUnitBytes = kUnitValueBytes + kUnitIndexBytes;
+constexpr int kUnitRowBytes = kUnitChannels * 2;  // of one row of x
+constexpr int kMaxDepth = 8;
+constexpr int kMinWarps = 4;
+constexpr int kMaxWarps = 16;
+constexpr int kMaxTiles = 4;
+
+struct KernelArgs {
+  const uint8_t* blob;
+  const void* x;
+  const void* residual;
+  void* y;
+  int out, channels, rows;
+  int units;                           // the last one may be a half
+  int block_tiles, block_tiles_extra;  // tiles of a block; the first blocks take one more
+  int warp_units, warp_units_extra;    // units of a warp; the first warps take one more
+  int interleave;                      // a warp takes every warps-th unit instead of a run
+  int depth;                           // of the ring
+  int resident;                        // x has a place of its own and is loaded once
+  int sums_toggle;  // bytes between two buffers for partial sums; 0: there is one
+  int fusion;
+  int overlap;
+  float epsilon;
+};
+
+using DecodeFunction = void (*)(KernelArgs);
+
+// The kernel for a number of 8-row columns of x (1, 2) and of tiles, null where there is none.
+DecodeFunction FindFloat16(int columns, int tiles);
+DecodeFunction FindBfloat16(int columns, int tiles);
+
+}  // namespace esparse::cuda
+
+#endif  // ESPARSE_FFI_CUDA_DECODE_ARGS_H_

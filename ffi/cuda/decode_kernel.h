@@ -1,0 +1,487 @@
+// The decode kernel. Included by the sources that instantiate it, one per dtype.
+//
+// The blob (cuSPARSELt's own device format of a 2:4 weight [out, channel] on sm_90; see
+// sparse/blob.py):
+//
+//   byte 0              kept values, row-major [out][channel / 2], 16 bits each
+//   byte out * channel  index nibbles: 16 rows x 32 channels are 64 bytes together,
+//                       8 bytes for each pair of rows (r, r + 8), the two rows nibble by nibble
+//
+// A tile is 16 outputs, a unit 128 channels of it: four steps of mma.sp.m16n8k32, 2048 bytes of
+// values and 256 of indices. A unit is eight chunks of 16 channels. Lane t of a quad holds the
+// indices of the chunks 2t and 2t + 1, so that step j multiplies the chunk pair
+//
+//   step     0      1      2      3
+//   chunks  0, 2   1, 3   4, 6   5, 7        indices from lanes 0, 1 of each quad (steps 0, 1)
+//                                                        or lanes 2, 3             (steps 2, 3)
+//
+// which costs nothing: one ldmatrix.x4 reads the values of 16 rows of any two chunks, another one
+// the same channels of 8 rows of x, from a plain row-major copy. x is never packed, W never
+// rewritten. Where channels is an odd multiple of 64, the last unit is a half; the rest of it is
+// filled with zeros (and with indices of the first half, which are valid ones), so that the loop
+// knows nothing of it.
+//
+// The warps of a block share the channels of its tiles. Each keeps a ring of pieces of its own in
+// shared memory (a piece: one unit of kTiles tiles, with x), filled with cp.async, and waits for
+// nobody until the partial sums meet at the end of the tiles.
+#ifndef ESPARSE_FFI_CUDA_DECODE_KERNEL_H_
+#define ESPARSE_FFI_CUDA_DECODE_KERNEL_H_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/decode_args.h"
+
+namespace esparse::cuda {
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
+  uint4 r;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "r"(address)
+               : "memory");
+  return r;
+}
+
+__device__ __forceinline__ float LoadShared(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void StoreShared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+// sum += weight * x, with the indices of lanes 0, 1 (kSelector 0) or 2, 3 (kSelector 1) of each
+// quad.
+#define ESPARSE_MMA_SP(TYPE)                                                                      \
+  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                 \
+      ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9,%10,%11},{%0,%1,%2,%3},%12,%13;"                   \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                    \
+      : "r"(weight.x), "r"(weight.y), "r"(weight.z), "r"(weight.w), "r"(x.x), "r"(x.y), "r"(x.z), \
+        "r"(x.w), "r"(indices), "n"(kSelector))
+
+template <typename T, int kSelector>
+__device__ __forceinline__ void MultiplySparse(float (&sum)[4], uint4 weight, uint4 x,
+                                               uint32_t indices) {
+  if constexpr (std::is_same_v<T, __half>) {
+    ESPARSE_MMA_SP("f16");
+  } else {
+    ESPARSE_MMA_SP("bf16");
+  }
+}
+#undef ESPARSE_MMA_SP
+
+__device__ __forceinline__ float2 Widen(uint32_t pair, const __half*) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+__device__ __forceinline__ float2 Widen(uint32_t pair, const __nv_bfloat16*) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+__device__ __forceinline__ float Widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float Widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ void Narrow(float value, __half* to) { *to = __float2half(value); }
+__device__ __forceinline__ void Narrow(float value, __nv_bfloat16* to) {
+  *to = __float2bfloat16(value);
+}
+
+// Policies of the second-level cache: W is read once, x by every block.
+__device__ __forceinline__ uint64_t ReadOncePolicy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t KeepPolicy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Copies `size` bytes, 16 or 0, and fills up to 16 with zeros.
+__device__ __forceinline__ void Copy16(uint32_t to, const void* from, int size, uint64_t policy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to),
+      "l"(from), "r"(size), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void WaitCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Until at most `pending` of this thread's groups are under way: the count must be a constant.
+__device__ __forceinline__ void WaitCopies(int pending) {
+  switch (pending) {
+    case 0:
+      return WaitCopies<0>();
+    case 1:
+      return WaitCopies<1>();
+    case 2:
+      return WaitCopies<2>();
+    case 3:
+      return WaitCopies<3>();
+    case 4:
+      return WaitCopies<4>();
+    case 5:
+      return WaitCopies<5>();
+    case 6:
+      return WaitCopies<6>();
+    default:
+      return WaitCopies<kMaxDepth - 1>();
+  }
+}
+
+// Programmatic dependent launch: the next kernel may start / the previous one has ended. With
+// overlap every block waits before it reads x or residual or writes y. W comes earlier: the kernel
+// before is one of ours, which does not write it and began when all earlier work had ended.
+__device__ __forceinline__ void LetNextStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void WaitForPrevious() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// kTiles tiles at a time, kColumns * 8 >= rows. Shared memory: for every warp its ring (and x,
+// where resident), then the partial sums [warp][tile][column][lane][4], then sums of squares
+// [warp][row].
+template <typename T, int kColumns, int kTiles>
+__global__ void __launch_bounds__(kMaxWarps * 32) Decode(const __grid_constant__ KernelArgs p) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  const int block = blockIdx.x, channels = p.channels, rows = p.rows, depth = p.depth;
+  const bool resident = p.resident != 0;
+
+  const int first_tile = block * p.block_tiles + min(block, p.block_tiles_extra);
+  const int last_tile = first_tile + p.block_tiles + (block < p.block_tiles_extra);
+  const int my_units = p.warp_units + (warp < p.warp_units_extra);
+  const int first_unit = p.interleave ? warp : warp * p.warp_units + min(warp, p.warp_units_extra);
+  const int unit_stride = p.interleave ? warps : 1;
+
+  const uint32_t x_piece = rows * kUnitRowBytes;
+  const uint32_t slot_bytes = kTiles * kUnitBytes + (resident ? 0 : x_piece);
+  const uint32_t warp_bytes =
+      depth * slot_bytes + (resident ? (p.warp_units + (p.warp_units_extra > 0)) * x_piece : 0);
+  const uint32_t ring = SharedAddress(shared) + warp * warp_bytes;
+  const uint32_t x_place = ring + depth * slot_bytes;  // of the resident x
+  constexpr uint32_t kSumsBytes = kTiles * kColumns * 32 * 16;
+  uint32_t sums = SharedAddress(shared) + warps * warp_bytes;
+  const uint32_t squares = sums + warps * kSumsBytes + p.sums_toggle;
+
+  const uint64_t once = ReadOncePolicy(), keep = KeepPolicy();
+  // A lane copies 16 bytes: of the values chunk lane % 8 of every fourth row, of the indices
+  // sixteen bytes of the 32 channels lane / 4 % 4, of x sixteen bytes of every second row.
+  const uint32_t width = channels;  // offsets in W have 32 bits: the handlers see to it
+  const uint8_t* values_from = p.blob + static_cast<size_t>((lane >> 3) * width + (lane & 7) * 16);
+  const uint8_t* indices_from =
+      p.blob + static_cast<size_t>(p.out) * channels + ((lane >> 2) & 3) * 256 + (lane & 3) * 16;
+  const uint8_t* x_from = static_cast<const uint8_t*>(p.x) +
+                          static_cast<size_t>(lane >> 4) * channels * 2 + (lane & 15) * 16;
+  const int half_unit = channels & (kUnitChannels / 2) ? p.units - 1 : -1;
+
+  auto copy_weight = [&](uint32_t to, int tile, int unit) {
+    const int count = min(kTiles, last_tile - tile);
+    const bool half = unit == half_unit;
+    const int size = half && (lane & 4) ? 0 : 16;
+    const uint32_t swizzle = (lane >> 3) * 128 + (((lane & 7) ^ (lane >> 3)) << 4);
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+      if (r >= count) continue;
+      const uint8_t* from =
+          values_from + static_cast<size_t>((tile + r) * kTileRows * width + unit * kUnitChannels);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {  // rows 4 q + lane / 8; a chunk is strewn by its row % 8
+        Copy16((to + r * kUnitValueBytes + q * 512 + swizzle) ^ ((q & 1) << 6), from, size, once);
+        from += 4 * width;
+      }
+    }
+    const int part = (lane >> 2) & 3;
+    const int indices_at = unit * 1024 - (half && part >= 2 ? 512 : 0);
+#pragma unroll
+    for (int r = 0; r < kTiles; r += 2) {  // two tiles at once, sixteen lanes each
+      const int tile_of = r + (lane >> 4), at = tile + tile_of;
+      if (tile_of < count && tile_of < kTiles) {
+        Copy16(to + kTiles * kUnitValueBytes + tile_of * kUnitIndexBytes + part * 64 +
+                   (((lane & 3) ^ (part & 2)) << 4),
+               indices_from + ((at >> 2) * 8 * channels + (at & 3) * 64 + indices_at), 16, once);
+      }
+    }
+  };
+  auto copy_x = [&](uint32_t to, int unit) {
+    const int chunk = lane & 15;
+    const int size = unit == half_unit && chunk >= 8 ? 0 : 16;
+    const uint8_t* from = x_from + unit * kUnitRowBytes;
+    for (int m = lane >> 4; m < rows; m += 2) {
+      Copy16(to + (chunk >> 3) * (rows * 128) + m * 128 + (((chunk & 7) ^ (m & 7)) << 4), from,
+             size, keep);
+      from += static_cast<size_t>(4) * channels;
+    }
+  };
+
+  // What to load next: unit `next` of this warp, for the tiles from `next_tile`.
+  int next_tile = my_units > 0 ? first_tile : last_tile, next = 0;
+  auto advance = [&] {
+    if (++next == my_units) {
+      next = 0;
+      next_tile += kTiles;
+    }
+  };
+  auto load_weight = [&](uint32_t slot) {
+    copy_weight(slot, next_tile, first_unit + next * unit_stride);
+  };
+  auto load_x = [&](uint32_t slot) {
+    if (resident) {
+      if (next_tile == first_tile) {
+        copy_x(x_place + next * x_piece, first_unit + next * unit_stride);
+      }
+    } else {
+      copy_x(slot + kTiles * kUnitBytes, first_unit + next * unit_stride);
+    }
+  };
+
+  LetNextStart();
+  for (int d = 0; d < depth; ++d) {
+    if (next_tile < last_tile) {
+      load_weight(ring + d * slot_bytes);
+      if (!p.overlap) load_x(ring + d * slot_bytes);
+      advance();
+    }
+    if (!p.overlap) CommitCopies();
+  }
+  if (p.overlap) {
+    WaitForPrevious();
+    next_tile = my_units > 0 ? first_tile : last_tile;
+    next = 0;
+    for (int d = 0; d < depth; ++d) {
+      if (next_tile < last_tile) {
+        load_x(ring + d * slot_bytes);
+        advance();
+      }
+      CommitCopies();
+    }
+  }
+
+  // Where this lane's row of ldmatrix starts; 16-byte chunks are strewn (xor with the row), so that
+  // eight rows of a chunk lie in different banks.
+  const int matrix = lane >> 3, line8 = lane & 7;
+  const uint32_t weight_line =
+      (line8 + 8 * (matrix & 1)) * 128 + (((2 * (matrix >> 1)) ^ line8) << 4);
+  uint32_t x_line[kColumns];
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+    const int m = min(n * 8 + line8, rows - 1);  // rows that are not there repeat the last one
+    x_line[n] = m * 128 + ((((matrix & 1) + 4 * (matrix >> 1)) ^ (m & 7)) << 4);
+  }
+  const uint32_t indices_line =
+      kTiles * kUnitValueBytes + (lane & 3) * 64 + (((lane >> 2) * 8) ^ ((lane & 2) << 4));
+
+  auto add_four = [&](uint32_t at, uint32_t stride) {  // kMinWarps floats, `stride` bytes apart
+    float part[kMinWarps];
+#pragma unroll
+    for (int k = 0; k < kMinWarps; ++k) part[k] = LoadShared(at + k * stride);
+    return (part[0] + part[1]) + (part[2] + part[3]);
+  };
+
+  const bool norm = p.fusion & kNorm, swiglu = p.fusion & kSwiglu, add = p.fusion & kResidual;
+  const int threads = blockDim.x;
+  int slot = 0;
+  for (int tile = first_tile; tile < last_tile; tile += kTiles) {
+    const int count = min(kTiles, last_tile - tile);
+    const bool square = norm && tile == first_tile;
+    float sum[kTiles][kColumns][4] = {}, sum_of_squares[kColumns] = {};
+
+    // This thread writes outputs threadIdx.x, + threads, ... of [tile][row of x, padded][16]. The
+    // loop that does it is kept small: unrolled it was four fifths of the kernel's instructions, all
+    // of which are fetched anew at every launch.
+    const int outputs = count * kColumns * 8 * kTileRows;
+    auto load_residual = [&](int i) {
+      const int m = (i >> 4) % (8 * kColumns), r = (i >> 4) / (8 * kColumns);
+      return add && i < outputs && m < rows
+                 ? static_cast<const T*>(p.residual)[static_cast<size_t>(m) * p.out +
+                                                     (tile + r) * kTileRows + (i & 15)]
+                 : T(0.0f);
+    };
+    T next_residual = load_residual(threadIdx.x);
+
+    for (int i = 0; i < my_units; ++i) {
+      WaitCopies(depth - 1);
+      __syncwarp();
+      const uint32_t piece = ring + slot * slot_bytes;
+      const uint32_t x_at = resident ? x_place + i * x_piece : piece + kTiles * kUnitBytes;
+
+      uint32_t indices[kTiles][2];
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) {
+        uint32_t a, b;
+        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];"
+                     : "=r"(a), "=r"(b)
+                     : "r"(piece + r * kUnitIndexBytes + indices_line)
+                     : "memory");
+        // The two rows, nibble by nibble, become row g in the low half and row g + 8 in the high
+        // one.
+        const uint32_t low = __byte_perm(a, b, 0x5410), high = __byte_perm(a, b, 0x7632);
+        const uint32_t even = (low & 0x0f0f0f0fu) | ((high << 4) & 0xf0f0f0f0u);
+        const uint32_t odd = ((low >> 4) & 0x0f0f0f0fu) | (high & 0xf0f0f0f0u);
+        indices[r][0] = __byte_perm(even, odd, 0x6420);  // the even chunk of this lane
+        indices[r][1] = __byte_perm(even, odd, 0x7531);
+      }
+      uint4 x[4][kColumns];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          x[j][n] = LoadMatrices(((x_at + x_line[n]) ^ ((j & 1) << 5)) + (j >> 1) * (rows * 128));
+        }
+      }
+      if (square) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n) {
+            const uint32_t pairs[4] = {x[j][n].x, x[j][n].y, x[j][n].z, x[j][n].w};
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              const float2 two = Widen(pairs[k], static_cast<const T*>(nullptr));
+              sum_of_squares[n] = fmaf(two.x, two.x, fmaf(two.y, two.y, sum_of_squares[n]));
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) {
+        if (r >= count) continue;
+        uint4 weight[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          weight[j] = LoadMatrices((piece + r * kUnitValueBytes + weight_line) ^
+                                   (((j & 1) + 4 * (j >> 1)) << 4));
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n) {
+            if (j < 2) {
+              MultiplySparse<T, 0>(sum[r][n], weight[j], x[j][n], indices[r][j & 1]);
+            } else {
+              MultiplySparse<T, 1>(sum[r][n], weight[j], x[j][n], indices[r][j & 1]);
+            }
+          }
+        }
+      }
+      __syncwarp();
+      if (next_tile < last_tile) {
+        load_weight(piece);
+        load_x(piece);
+        advance();
+      }
+      CommitCopies();
+      if (++slot == depth) slot = 0;
+    }
+
+    if (square) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        float total = sum_of_squares[n];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        if (!(lane & 3)) {
+          StoreShared(squares + (warp * kColumns * 8 + n * 8 + (lane >> 2)) * 4, total);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        if (r < count && n * 8 + (lane & 3) * 2 < rows) {
+          asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(
+                           sums + warp * kSumsBytes + ((r * kColumns + n) * 32 + lane) * 16),
+                       "f"(sum[r][n][0]), "f"(sum[r][n][1]), "f"(sum[r][n][2]), "f"(sum[r][n][3])
+                       : "memory");
+        }
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < outputs; i += threads) {
+      const T residual = next_residual;
+      next_residual = load_residual(i + threads);
+      const int row = i & 15, m = (i >> 4) % (8 * kColumns), r = (i >> 4) / (8 * kColumns);
+      if (m >= rows || (swiglu && row >= 8)) continue;
+      // mma leaves row g = lane / 4 and columns 2 (lane % 4) + 0, 1 in registers 0, 1; row g + 8 in
+      // 2, 3.
+      const uint32_t at =
+          sums + (((r * kColumns + (m >> 3)) * 32 + (row & 7) * 4 + ((m & 7) >> 1)) * 4 + (m & 1) +
+                  2 * (row >> 3)) *
+                     4;
+      float value = 0, up = 0, squared = 0;
+#pragma unroll 1
+      for (int w = 0; w < warps; w += kMinWarps) {
+        value += add_four(at + w * kSumsBytes, kSumsBytes);
+        if (swiglu) up += add_four(at + w * kSumsBytes + 8, kSumsBytes);
+        if (norm) {
+          constexpr uint32_t kSquaresBytes = kColumns * 8 * 4;
+          squared += add_four(squares + m * 4 + w * kSquaresBytes, kSquaresBytes);
+        }
+      }
+      const float scale = norm ? rsqrtf(squared / channels + p.epsilon) : 1.0f;
+      value *= scale;
+      size_t to = static_cast<size_t>(m) * p.out + (tile + r) * kTileRows + row;
+      if (swiglu) {
+        value = value / (1 + __expf(-value)) * (up * scale);
+        to = static_cast<size_t>(m) * (p.out / 2) + (tile + r) * 8 + row;
+      }
+      Narrow(value + Widen(residual), static_cast<T*>(p.y) + to);
+    }
+    if (tile + kTiles < last_tile) {
+      if (p.sums_toggle == 0) {
+        __syncthreads();
+      } else {
+        sums += (((tile - first_tile) / kTiles) & 1) ? -p.sums_toggle : p.sums_toggle;
+      }
+    }
+  }
+}
+
+// The instance for a number of 8-row columns (1, 2) and of tiles; null for others.
+template <typename T>
+DecodeFunction FindDecode(int columns, int tiles) {
+  switch (columns * 10 + tiles) {
+    case 11:
+      return Decode<T, 1, 1>;
+    case 12:
+      return Decode<T, 1, 2>;
+    case 13:
+      return Decode<T, 1, 3>;
+    case 14:
+      return Decode<T, 1, 4>;
+    case 21:
+      return Decode<T, 2, 1>;
+    case 22:
+      return Decode<T, 2, 2>;
+    case 23:
+      return Decode<T, 2, 3>;
+    case 24:
+      return Decode<T, 2, 4>;
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace esparse::cuda
+
+#endif  // ESPARSE_FFI_CUDA_DECODE_KERNEL_H_

@@ -1,0 +1,297 @@
+"""The decode kernel: its lowering and its plain twins anywhere, its numbers on an NVIDIA GPU."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esparse_jax.sparse import (
+    Blob24,
+    _ffi_cuda,
+    blob24,
+    compress24,
+    compressed24_of,
+    decompress24,
+    fused_matmul,
+    fused_matmul_reference,
+    interleave_gate_up,
+    sparse_matmul,
+    sparse_mlp,
+    sparse_mlp_reference,
+)
+from esparse_jax.sparse import matmul as matmul_file
+
+DECODE, MLP = "esparse_decode24_cuda_v1", "esparse_mlp24_cuda_v1"
+
+needs_build = pytest.mark.skipif(
+    not _ffi_cuda.decode_available(), reason="the extension was built without its CUDA part"
+)
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="JAX sees no NVIDIA GPU")
+
+
+def _blob(shape, dtype=jnp.float16, seed=0) -> Blob24:
+    rng = np.random.default_rng(seed)
+    out, channels = shape
+    kept = rng.permuted(np.tile([True, True, False, False], (out, channels // 4, 1)), axis=2)
+    weight = rng.standard_normal(shape) / np.sqrt(channels / 2) * kept.reshape(shape)
+    return blob24(compress24(jnp.asarray(weight, dtype)))
+
+
+def _x(rows, channels, dtype=jnp.float16, seed=0):
+    x = np.random.default_rng(seed + 100).standard_normal((rows, channels))
+    x[0, ::7] = -0.0
+    return jnp.asarray(x, dtype)
+
+
+def _lowered_for_cuda(function, *arguments) -> str:
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (DECODE, MLP)]
+    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)
+    return exported(*arguments).mlir_module()
+
+
+@needs_build
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_few_rows_lower_to_the_decode_kernel(rows, dtype):
+    text = _lowered_for_cuda(sparse_matmul, _x(rows, 128, dtype), _blob((64, 128), dtype))
+    assert text.count(DECODE) == 1
+    assert "dot_general" not in text
+
+
+@needs_build
+def test_many_rows_lower_to_plain_jax():
+    text = _lowered_for_cuda(sparse_matmul, _x(17, 64), _blob((64, 64)))
+    assert DECODE not in text
+    assert "dot_general" in text
+
+
+@needs_build
+def test_leading_axes_and_vmap_become_rows_of_one_call():
+    blob = _blob((64, 64))
+    x = _x(12, 64).reshape(3, 2, 2, 64)
+    text = _lowered_for_cuda(jax.vmap(lambda x: sparse_matmul(x, blob)), x)
+    assert text.count(DECODE) == 1
+    assert "tensor<12x64xf16>" in text
+
+
+@needs_build
+def test_an_mlp_lowers_to_one_call():
+    text = _lowered_for_cuda(
+        lambda *a: sparse_mlp(*a, epsilon=1e-5), _x(4, 64), _blob((256, 64)), _blob((64, 128))
+    )
+    assert text.count(MLP) == 1
+    assert "dot_general" not in text
+
+
+@needs_build
+def test_a_permutation_takes_a_scratch_result():
+    text = _lowered_for_cuda(
+        lambda x, b, p: fused_matmul(x, b, permutation=p, norm_epsilon=1e-5),
+        _x(4, 64),
+        _blob((128, 64)),
+        jnp.arange(64, dtype=jnp.int32),
+    )
+    assert text.count(DECODE) == 1
+    assert "-> (tensor<4x128xf16>, tensor<4x64xf16>)" in text
+
+
+@needs_build
+def test_the_kernel_is_refused_where_it_cannot_run():
+    with pytest.raises(ValueError, match="1 to 16 rows; got 17"):
+        jax.eval_shape(lambda: sparse_matmul(_x(17, 64), _blob((64, 64)), backend="decode"))
+    with pytest.raises(TypeError, match="device form"):
+        sparse_matmul(_x(1, 64), compressed24_of(_blob((64, 64))), backend="decode")
+    with pytest.raises(ValueError, match=r"plan has the fields .* got \['tile'\]"):
+        _ffi_cuda.decode(_x(1, 64), _blob((64, 64)).data, out=64, plan={"tile": 1})
+
+
+def test_without_the_cuda_part_the_way_to_get_it_is_named(monkeypatch):
+    monkeypatch.setattr(_ffi_cuda._ffi, "_extension", lambda: None)
+    assert not _ffi_cuda.decode_available()
+    with pytest.raises(RuntimeError, match="ESPARSE_CUDA=ON"):
+        _ffi_cuda.decode(_x(1, 64), _blob((64, 64)).data, out=64)
+
+
+@pytest.fixture
+def slow_paths(monkeypatch, caplog):
+    """The lines logged about slow paths, as if JAX ran on a GPU."""
+    monkeypatch.setattr(matmul_file.jax, "default_backend", lambda: "gpu")
+    matmul_file._log_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        yield lambda: [record.getMessage() for record in caplog.records]
+    matmul_file._log_once.cache_clear()
+
+
+@needs_build
+def test_the_kernel_logs_nothing(slow_paths):
+    jax.eval_shape(sparse_matmul, _x(16, 192), _blob((64, 192)))
+    assert slow_paths() == []
+
+
+@needs_build
+@pytest.mark.parametrize(
+    ("rows", "form", "line"), [(17, blob24, "up to 16 rows"), (1, lambda c: c, "device form")]
+)
+def test_a_slow_path_on_the_gpu_is_logged_once(slow_paths, rows, form, line):
+    weight = form(compressed24_of(_blob((64, 192))))
+    for more in (0, 1):
+        jax.eval_shape(sparse_matmul, _x(rows + more, 192), weight)
+    assert len(slow_paths()) == 1
+    assert line in slow_paths()[0]
+
+
+# ---- plain twins: what the kernels are compared with on a GPU, and the path everywhere else
+
+
+def _slow_product(x, blob, permutation=None, norm_epsilon=None, swiglu=False, residual=None):
+    """Float64 numpy, a formula at a time."""
+    x = np.asarray(x, np.float64)
+    weight = np.asarray(decompress24(compressed24_of(blob)), np.float64)
+    if norm_epsilon is not None:
+        x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + norm_epsilon)
+    if permutation is not None:
+        x = x[:, np.asarray(permutation)]
+    y = x @ weight.T
+    if swiglu:
+        rows = np.arange(y.shape[1])
+        gate, up = y[:, rows % 16 < 8], y[:, rows % 16 >= 8]
+        y = gate / (1 + np.exp(-gate)) * up
+    return y if residual is None else y + np.asarray(residual, np.float64)
+
+
+def _relative(got, want):
+    return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+
+
+def _rounding(dtype):
+    """Error of rounding a result once, relative: uniform over half a unit in the last place."""
+    return float(jnp.finfo(dtype).eps) / np.sqrt(12)
+
+
+def _variants(rows, shape, dtype):
+    out, channels = shape
+    permutation = np.random.default_rng(5).permutation(channels).astype(np.int32)
+    residual = _x(rows, out, dtype, seed=7)
+    return [
+        {},
+        {"permutation": jnp.asarray(permutation)},
+        {"norm_epsilon": 1e-5, "residual": residual},
+        {"norm_epsilon": 1e-5, "swiglu": True},
+        {"norm_epsilon": 1e-2, "permutation": jnp.asarray(permutation), "residual": residual},
+    ]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("function", [fused_matmul, fused_matmul_reference])
+def test_fused_product_follows_the_formulas(function, dtype):
+    shape, rows = (128, 192), 5
+    blob, x = _blob(shape, dtype), _x(rows, shape[1], dtype)
+    for variant in _variants(rows, shape, dtype):
+        want = _slow_product(x, blob, **variant)
+        assert _relative(function(x, blob, **variant), want) < 1.5 * _rounding(dtype)
+
+
+def test_mlp_follows_the_formulas():
+    gate, up = (compressed24_of(_blob((128, 64), seed=seed)) for seed in (1, 2))
+    gate_up, down = blob24(interleave_gate_up(gate, up)), _blob((64, 128), seed=3)
+    x = _x(3, 64)
+    hidden = _slow_product(x, gate_up, norm_epsilon=1e-5, swiglu=True)
+    want = _slow_product(hidden, down, residual=x)
+    for function in (sparse_mlp, sparse_mlp_reference):
+        assert _relative(function(x, gate_up, down, epsilon=1e-5), want) < 3 * _rounding(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"residual": jnp.ones((2, 64), jnp.float16)}, ValueError, "residual must be"),
+        ({"residual": jnp.ones((2, 128), jnp.bfloat16)}, TypeError, "residual is bfloat16"),
+        ({"permutation": jnp.arange(32)}, ValueError, "each of the 64 channels"),
+        (
+            {"residual": jnp.ones((2, 128), jnp.float16), "swiglu": True},
+            ValueError,
+            "cannot stand together",
+        ),
+    ],
+)
+def test_fused_product_names_what_does_not_fit(arguments, error, match):
+    with pytest.raises(error, match=match):
+        fused_matmul(_x(2, 64), _blob((128, 64)), **arguments)
+
+
+def test_an_mlp_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"need down of shape \(64, 128\)"):
+        sparse_mlp(_x(2, 64), _blob((256, 64)), _blob((128, 64)), epsilon=1e-5)
+
+
+# ---- on an NVIDIA GPU
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_build
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 64), (192, 128), (128, 192), (2304, 448), (4096, 1792)])
+def test_kernel_is_exact_to_the_rounding(shape, dtype):
+    blob = _blob(shape, dtype)
+    for rows in (1, 3, 8, 9, 16):
+        x = _x(rows, shape[1], dtype)
+        for variant in _variants(rows, shape, dtype):
+            got = jax.jit(functools.partial(fused_matmul, **variant))(x, blob)
+            assert _relative(got, _slow_product(x, blob, **variant)) < 1.5 * _rounding(dtype)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_build
+def test_every_plan_gives_the_same_product():
+    shape = (2304, 448)
+    blob = _blob(shape)
+    plans = [
+        {"tiles": t, "warps": w, "blocks": b, "interleave": i, "resident": r}
+        for t in (1, 2, 3, 4)
+        for w, b in ((4, 2), (8, 1), (16, 1))
+        for i in (1, 2)
+        for r in (1, 2)
+    ]
+    for rows in (1, 16):
+        x = _x(rows, shape[1])
+        results = jax.jit(
+            lambda x, data: [_ffi_cuda.decode(x, data, out=2304, plan=plan) for plan in plans]
+        )(x, blob.data)
+        want = _slow_product(x, blob)
+        for plan, got in zip(plans, results, strict=True):
+            assert _relative(got, want) < 1.5 * _rounding(x.dtype), plan
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_build
+def test_mlp_in_one_call_equals_two_calls_bit_for_bit():
+    gate_up, down = _blob((1024, 256), seed=1), _blob((256, 512), seed=2)
+    x = _x(4, 256)
+
+    @jax.jit
+    def both(x):
+        hidden = fused_matmul(x, gate_up, norm_epsilon=1e-5, swiglu=True)
+        two = fused_matmul(hidden, down, residual=x)
+        return sparse_mlp(x, gate_up, down, epsilon=1e-5), two
+
+    for _ in range(20):
+        one, two = both(x)
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_build
+def test_infinity_and_nan_reach_the_outputs_that_keep_their_channel():
+    blob = _blob((64, 64))
+    dense = np.asarray(decompress24(compressed24_of(blob)))
+    x = _x(2, 64).at[0, 3].set(jnp.inf).at[1, 5].set(jnp.nan)
+    y = np.asarray(sparse_matmul(x, blob, backend="decode"))
+    np.testing.assert_array_equal(np.isinf(y[0]), dense[:, 3] != 0)
+    np.testing.assert_array_equal(np.isnan(y[1]), dense[:, 5] != 0)
