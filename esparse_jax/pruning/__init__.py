@@ -12,9 +12,11 @@ from esparse_jax.pruning.mask import NMPattern, is_nm, nm_mask, nm_violations, r
 from esparse_jax.pruning.metric import esparse_metric, magnitude_metric, wanda_metric
 from esparse_jax.pruning.shuffle import (
     SHUFFLES,
+    assignment_shuffle,
     channel_shuffle,
     global_naive_shuffle,
     local_block_shuffle,
+    shuffle_heads,
 )
 from esparse_jax.pruning.stats import (
     AMPLITUDES,
@@ -44,6 +46,7 @@ __all__ = [
     "PruneConfig",
     "Pruned",
     "amplitude",
+    "assignment_shuffle",
     "bin_range",
     "channel_shuffle",
     "esparse_metric",
@@ -61,6 +64,7 @@ __all__ = [
     "nm_violations",
     "prune_linear",
     "retained_metric",
+    "shuffle_heads",
     "update_range",
     "update_stats",
     "wanda_metric",

@@ -50,7 +50,7 @@ class PruneConfig:
     pattern: NMPattern = field(default=NMPattern(2, 4))
     method: str = "esparse"
     shuffle: str = "strided"
-    alpha: float | int = 30.0
+    alpha: float | int = 300.0
     amplitude: str = "rms"
     num_bins: int = 100
     bin_span: str = "channel"

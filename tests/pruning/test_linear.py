@@ -94,7 +94,7 @@ def test_all_methods(shuffle):
         elif shuffle != "global":  # a search retains more than where it starts
             start = prune_linear(jnp.asarray(weight), stats, config(method, "global"))
             assert start.record.retained < record.retained < record.total
-        assert record.alpha == 30.0
+        assert record.alpha == PruneConfig().alpha
         assert 0 < record.richness_min < record.richness_max <= np.log(100)
         strength = amplitude(stats)
         assert record.amplitude_min == strength.min()
