@@ -37,7 +37,7 @@ class Arguments:
     evaluation: Path = HERE / "evaluation.npz"
     output: Path = Path("pruned-2of4")
     prompt: str = "class Thread(object)\nA class that represents a thread of control.\n"
-    num_samples: int = 64
+    num_samples: int = 32
     sequence_length: int = 256
     new_tokens: int = 64
     dtype: str = "float32"
