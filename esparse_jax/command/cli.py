@@ -1,7 +1,6 @@
 """The `esparse` command: one frozen dataclass per verb, a few lines each over the rooms above."""
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import Progress as Bar

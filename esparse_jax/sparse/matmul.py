@@ -35,8 +35,8 @@ def sparse_matmul(
     is plain JAX (`sparse_matmul_reference`). The choice is made when the computation is lowered, so
     one traced function serves several platforms. Where the compiled product would lose it is passed
     over: without AVX-512, more than 128 rows (without AVX2 as well, 16) are multiplied with the
-    dense weight, expanded for the call. float64 is always plain JAX. If the extension was not built,
-    one line is logged and plain JAX is used.
+    dense weight, expanded for the call. float64 is always plain JAX. If the extension was not
+    built, one line is logged and plain JAX is used.
 
     On NVIDIA GPUs a weight made by `blob24` is multiplied by our decode kernel for up to 16 rows.
     More rows, and a weight left as `Compressed24`, take the plain-JAX path there, which unpacks the

@@ -305,8 +305,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32) Decode(const __grid_constant__
     float sum[kTiles][kColumns][4] = {}, sum_of_squares[kColumns] = {};
 
     // This thread writes outputs threadIdx.x, + threads, ... of [tile][row of x, padded][16]. The
-    // loop that does it is kept small: unrolled it was four fifths of the kernel's instructions, all
-    // of which are fetched anew at every launch.
+    // loop that does it is kept small: unrolled it was four fifths of the kernel's instructions,
+    // all of which are fetched anew at every launch.
     const int outputs = count * kColumns * 8 * kTileRows;
     auto load_residual = [&](int i) {
       const int m = (i >> 4) % (8 * kColumns), r = (i >> 4) / (8 * kColumns);
