@@ -1,7 +1,7 @@
 """The one file that knows the C++ extension: loads it, registers its targets, wraps each call.
 
 Nothing happens at import. The extension is optional: without it `cpu_product_available` says no,
-one line is logged, and `sparse_matmul` computes with plain JAX.
+one line is logged, and `sparse_matmul` computes with plain JAX: it unpacks the weight at each call.
 """
 
 import functools
@@ -28,7 +28,7 @@ def _extension() -> ModuleType | None:
     except ImportError as error:
         _LOGGER.warning(
             "%s is missing (%s): on the CPU sparse_matmul computes with plain JAX, which is right "
-            "but no faster than a dense product. Build it with `pip install .` (see BUILD.md).",
+            "but slower than a dense product. Build it with `pip install .` (see BUILD.md).",
             _EXTENSION,
             error,
         )
