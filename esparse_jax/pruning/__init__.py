@@ -25,7 +25,9 @@ from esparse_jax.pruning.shuffle import (
     channel_shuffle,
     global_naive_shuffle,
     local_block_shuffle,
+    residual_rows,
     shuffle_heads,
+    shuffle_residual,
 )
 from esparse_jax.pruning.stats import (
     AMPLITUDES,
@@ -77,9 +79,11 @@ __all__ = [
     "output_error",
     "prune_linear",
     "relative_output_error",
+    "residual_rows",
     "retained_metric",
     "row_errors",
     "shuffle_heads",
+    "shuffle_residual",
     "update_gram",
     "update_range",
     "update_stats",

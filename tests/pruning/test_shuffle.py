@@ -21,7 +21,9 @@ from esparse_jax.pruning.shuffle import (
     channel_shuffle,
     global_naive_shuffle,
     local_block_shuffle,
+    residual_rows,
     shuffle_heads,
+    shuffle_residual,
 )
 
 PATTERNS = [NMPattern(2, 4), NMPattern(4, 8), NMPattern(1, 4), NMPattern(3, 8)]
@@ -180,13 +182,8 @@ def test_local_shuffle_stays_in_its_blocks_and_ends_where_no_swap_helps(layout, 
         assert best_gain(metric, PATTERN_24, after) <= least
 
 
-@pytest.mark.parametrize(
-    ("pattern", "method"),
-    [(PATTERN_24, "full"), (PATTERN_24, "assignment")]
-    + [(pattern, "full") for pattern in PATTERNS[1:]]
-    + [(PATTERNS[1], "assignment")],
-    ids=str,
-)
+@pytest.mark.parametrize("method", ["full", "assignment"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_full_width_search_ends_where_no_swap_helps(pattern, method):
     metric = np.random.default_rng(3).integers(0, 2**12, (ROWS, 48)).astype(np.float32)
     permutation = shuffled(metric, pattern, method)
@@ -294,12 +291,25 @@ def test_a_dense_pattern_has_nothing_to_search():
         assert_bijection(permutation, 16)
 
 
-@pytest.mark.parametrize("method", ["global", "strided", "assignment"])
-def test_slices_keep_their_channels(method):
-    metric = jnp.asarray(scores(2, 48))
-    permutation = channel_shuffle(metric, PATTERN_24, method=method, block_size=8, slices=3)
+CONSTRAINED = ["none", "global", "strided", "assignment"]
+
+
+@pytest.mark.parametrize("method", CONSTRAINED)
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**31))
+def test_slices_keep_their_channels_and_lose_nothing(method, seed):
+    metric = scores(seed, 48)
+    permutation = channel_shuffle(
+        jnp.asarray(metric), PATTERN_24, method=method, block_size=8, slices=3
+    )
     assert_bijection(permutation, 48)
     np.testing.assert_array_equal(np.asarray(permutation) // 16, np.repeat([0, 1, 2], 16))
+    start = np.arange(48)
+    if method != "none":
+        start = np.asarray(global_naive_shuffle(jnp.asarray(metric), PATTERN_24, slices=3))
+    assert kept(metric, PATTERN_24, np.asarray(permutation)) >= (
+        kept(metric, PATTERN_24, start) - rounding(metric)
+    )
 
 
 def test_a_slice_is_dealt_as_if_alone():
@@ -310,20 +320,118 @@ def test_a_slice_is_dealt_as_if_alone():
         np.testing.assert_array_equal(together[first : first + 24], alone + first)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "method"), [(6, 6, "global"), (6, 2, "full")])
-def test_heads_of_one_key_value_head_move_alike(heads, kv_heads, method):
-    metric = jnp.asarray(scores(6, 48))
+def assert_inside_heads(permutation, heads, kv_heads):
+    """Every head keeps its channels, and those of one key/value head have one order."""
+    size = len(permutation) // heads
+    inside = np.asarray(permutation).reshape(heads, size) - size * np.arange(heads)[:, None]
+    assert inside.min() == 0
+    assert inside.max() == size - 1
+    shared = heads // kv_heads
+    np.testing.assert_array_equal(inside, np.repeat(inside[::shared], shared, axis=0))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "method"),
+    [(6, 6, "global"), (6, 2, "full"), (6, 1, "strided"), (3, 3, "assignment"), (6, 3, "none")],
+)
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**31))
+def test_heads_of_one_key_value_head_move_alike(heads, kv_heads, method, seed):
+    metric = scores(seed, 48)
+    options = {"num_heads": heads, "num_kv_heads": kv_heads}
     permutation = np.asarray(
-        shuffle_heads(metric, PATTERN_24, num_heads=heads, num_kv_heads=kv_heads, method=method)
+        shuffle_heads(jnp.asarray(metric), PATTERN_24, method=method, **options)
     )
     assert_bijection(permutation, 48)
-    inside = permutation.reshape(heads, 48 // heads) - np.arange(0, 48, 48 // heads)[:, None]
-    assert inside.min() == 0
-    assert inside.max() == 48 // heads - 1
-    for head in range(heads):
-        first = head // (heads // kv_heads) * (heads // kv_heads)
-        np.testing.assert_array_equal(inside[head], inside[first])
-    assert kept(metric, PATTERN_24, permutation) > kept(metric, PATTERN_24, np.arange(48))
+    assert_inside_heads(permutation, heads, kv_heads)
+    if method == "none":
+        np.testing.assert_array_equal(permutation, np.arange(48))
+        return
+    start = np.asarray(shuffle_heads(jnp.asarray(metric), PATTERN_24, method="global", **options))
+    assert kept(metric, PATTERN_24, permutation) >= (
+        kept(metric, PATTERN_24, start) - rounding(metric)
+    )
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_search_inside_heads_gains_for_every_pattern(pattern):
+    metric = scores(6, 96)
+    permutation = np.asarray(
+        shuffle_heads(jnp.asarray(metric), pattern, num_heads=6, num_kv_heads=3, slices=3)
+    )
+    assert_bijection(permutation, 96)
+    assert_inside_heads(permutation, 6, 3)
+    np.testing.assert_array_equal(permutation // 32, np.repeat([0, 1, 2], 32))
+    assert kept(metric, pattern, permutation) > kept(metric, pattern, np.arange(96))
+
+
+def parts(metric):
+    """The rows of three linears, of which the last is on the host."""
+    return [jnp.asarray(metric[:5]), jnp.asarray(metric[5:16]), metric[16:]]
+
+
+@pytest.mark.parametrize("method", ["strided", "full"])
+@settings(max_examples=8)
+@given(seed=st.integers(0, 2**31))
+def test_the_residual_stream_has_the_shuffle_of_the_stack(method, seed):
+    metric = scores(seed, 48)
+    shared = shuffle_residual(parts(metric), PATTERN_24, method=method, block_size=24)
+    np.testing.assert_array_equal(shared, shuffled(metric, method=method))
+
+
+@pytest.mark.parametrize("method", ["none", "global", "strided"])
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**31), ordered=st.booleans())
+def test_a_shared_order_of_drawn_rows_never_falls_below_the_given_one(method, seed, ordered):
+    metric = scores(seed, 48, spread=0.0)
+    if ordered:  # the given order is a good one, which few rows do not show
+        metric = metric[:, shuffled(metric, method="full")]
+    shared = np.asarray(
+        shuffle_residual(parts(metric), PATTERN_24, method=method, block_size=24, max_rows=3)
+    )
+    assert_bijection(shared, 48)
+    given_order = np.arange(48)
+    gain = kept(metric, PATTERN_24, shared) - kept(metric, PATTERN_24, given_order)
+    assert gain > 0 or (shared == given_order).all()
+
+
+def test_a_shared_order_falls_back_to_the_given_one():
+    metric = scores(0, 48, spread=0.0)
+    metric = metric[:, shuffled(metric, method="full")]
+    found = channel_shuffle(jnp.asarray(metric), PATTERN_24, method="global")
+    assert kept(metric, PATTERN_24, np.asarray(found)) < kept(metric, PATTERN_24, np.arange(48))
+    shared = shuffle_residual(parts(metric), PATTERN_24, method="global")
+    np.testing.assert_array_equal(shared, np.arange(48))
+
+
+@given(rows=st.lists(st.integers(0, 90), min_size=1, max_size=6), max_rows=st.integers(1, 200))
+def test_rows_are_drawn_evenly(rows, max_rows):
+    drawn = residual_rows(rows, max_rows)
+    total = sum(rows)
+    assert sum(map(len, drawn)) == min(total, max_rows)
+    for count, taken in zip(rows, drawn, strict=True):
+        assert (np.diff(taken) > 0).all()
+        assert ((taken >= 0) & (taken < count)).all()
+        # Each has its share of the rows, to within those that straddle a border.
+        assert abs(len(taken) - count * min(1, max_rows / max(total, 1))) <= 2
+    again = residual_rows(rows, max_rows)
+    assert all((one == two).all() for one, two in zip(drawn, again, strict=True))
+
+
+def test_drawn_rows_do_not_favour_a_feature_of_the_heads():
+    drawn = residual_rows([128 * 32] * 8, 128 * 16)  # 16 rows in a run, 128 features in a head
+    features = np.bincount(np.concatenate(drawn) % 128, minlength=128)
+    assert features.min() >= 8
+    assert features.max() <= 24
+
+
+def test_a_shared_order_needs_rows_of_the_same_channels():
+    with pytest.raises(ValueError, match="at least one linear; got none"):
+        shuffle_residual([], PATTERN_24)
+    with pytest.raises(ValueError, match=r"same input channels; got \[32, 48\]"):
+        shuffle_residual([jnp.ones((2, 32)), jnp.ones((3, 48))], PATTERN_24)
+    with pytest.raises(ValueError, match="number of rows to look at; got 0"):
+        shuffle_residual([jnp.ones((2, 32))], PATTERN_24, max_rows=0)
 
 
 def test_assignment_starts_anywhere_and_gains():
@@ -392,3 +500,7 @@ def test_channels_must_divide_into_groups():
         channel_shuffle(jnp.asarray(scores(0, 46)), PATTERN_24)
     with pytest.raises(ValueError, match="4 query heads cannot share 3 key/value heads"):
         shuffle_heads(jnp.asarray(scores(0, 48)), PATTERN_24, num_heads=4, num_kv_heads=3)
+    with pytest.raises(ValueError, match=r"48 channels do not make 8 heads of whole 2:4 groups"):
+        shuffle_heads(jnp.asarray(scores(0, 48)), PATTERN_24, num_heads=8, num_kv_heads=8)
+    with pytest.raises(ValueError, match="4 slices cut through 6 heads"):
+        shuffle_heads(jnp.asarray(scores(0, 48)), PATTERN_24, num_heads=6, num_kv_heads=6, slices=4)
