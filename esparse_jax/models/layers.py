@@ -11,13 +11,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from esparse_jax.pruning.error import GramMatrix, update_gram
 from esparse_jax.pruning.stats import ChannelRange, ChannelStats, update_range, update_stats
 from esparse_jax.sparse.compress import Compressed24
 from esparse_jax.sparse.matmul import sparse_matmul
 
 
 class Calibration(nnx.Variable):
-    """What an `ObservedLinear` has seen; the base of both kinds."""
+    """What an `ObservedLinear` has seen; the base of all kinds."""
 
 
 class CalibrationRange(Calibration):
@@ -26,6 +27,10 @@ class CalibrationRange(Calibration):
 
 class CalibrationStats(Calibration):
     """Holds a `ChannelStats`: the second pass, which needs the range."""
+
+
+class CalibrationGram(Calibration):
+    """Holds a `GramMatrix`, gathered beside either."""
 
 
 class Mask(nnx.Variable):
@@ -49,18 +54,28 @@ class ObservedLinear(nnx.Module):
         linear: The layer to watch; it stays the same object.
         statistics: Where to start from, `init_range(channels)` or `init_stats(range)`; which one
             decides what is gathered.
+        gram: Where the Gram matrix starts from, `init_gram(channels)`; None gathers none. It
+            takes channels x channels x 4 bytes.
     """
 
-    def __init__(self, linear: nnx.Linear, statistics: ChannelRange | ChannelStats):
+    def __init__(
+        self,
+        linear: nnx.Linear,
+        statistics: ChannelRange | ChannelStats,
+        gram: GramMatrix | None = None,
+    ):
         self.linear = linear
         ranged = isinstance(statistics, ChannelRange)
         self.calibration = (CalibrationRange if ranged else CalibrationStats)(statistics)
+        self.gram = nnx.data(None if gram is None else CalibrationGram(gram))
 
     def __call__(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch out"]:
         tokens = x.reshape(-1, x.shape[-1])
         ranged = isinstance(self.calibration, CalibrationRange)
         update = update_range if ranged else update_stats
         self.calibration.set_value(update(self.calibration.get_value(), tokens))
+        if self.gram is not None:
+            self.gram.set_value(update_gram(self.gram.get_value(), tokens))
         return self.linear(x)
 
 

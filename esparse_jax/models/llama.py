@@ -32,6 +32,9 @@ PRUNED_GROUPS = (
     ("mlp.down_proj",),
 )
 
+# The linear whose input channels are the attention heads one by one.
+HEADS_LINEAR = "self_attn.o_proj"
+
 # Last element of a state path -> last element of the checkpoint's name. A kernel is
 # (channel, out) and the checkpoint's weight (out, channel): `TRANSPOSED` lists what is turned.
 PARAMETER_NAMES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}

@@ -18,6 +18,7 @@ from esparse_jax.models.layers import (
     ObservedLinear,
     SparseLinear,
 )
+from esparse_jax.pruning.error import GramMatrix, init_gram
 from esparse_jax.pruning.mask import NMPattern
 from esparse_jax.pruning.stats import ChannelRange, ChannelStats
 from esparse_jax.sparse.compress import compress24
@@ -124,13 +125,19 @@ def with_weight(linear: nnx.Linear, weight: Float[Array, "out channel"]) -> nnx.
     return linear
 
 
-def observe(module: ModuleT, statistics: Mapping[str, ChannelRange | ChannelStats]) -> ModuleT:
+def observe(
+    module: ModuleT,
+    statistics: Mapping[str, ChannelRange | ChannelStats],
+    *,
+    grams: bool = False,
+) -> ModuleT:
     """A new module in which the layers at the given paths gather statistics of their inputs.
 
     Args:
         module: A block or a model.
         statistics: For each path what to start from: `init_range(channels)` for the first pass,
             `init_stats(range)` for the second, or what an earlier run came to.
+        grams: Whether the layers also gather the Gram matrix of their input, from nothing.
     """
     module = clone_model(module)
     for path, start in statistics.items():
@@ -146,7 +153,8 @@ def observe(module: ModuleT, statistics: Mapping[str, ChannelRange | ChannelStat
                 f"The statistics for {path} have {channels} channels; the layer has "
                 f"{linear.in_features}."
             )
-        set_linear(module, path, ObservedLinear(linear, start))
+        gram = init_gram(channels) if grams else None
+        set_linear(module, path, ObservedLinear(linear, start, gram))
     return module
 
 
@@ -156,6 +164,15 @@ def observed(module: nnx.Module) -> dict[str, ChannelRange | ChannelStats]:
         path: linear.calibration.get_value()
         for path, linear in iter_linears(module)
         if isinstance(linear, ObservedLinear)
+    }
+
+
+def observed_grams(module: nnx.Module) -> dict[str, GramMatrix]:
+    """The Gram matrix of every observed layer that gathers one, by path."""
+    return {
+        path: linear.gram.get_value()
+        for path, linear in iter_linears(module)
+        if isinstance(linear, ObservedLinear) and linear.gram is not None
     }
 
 

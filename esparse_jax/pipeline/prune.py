@@ -2,7 +2,8 @@
 
 Every block passes three times over the calibration windows: once for the span of each channel,
 once for its histogram (both through the block's dense weights), and once pruned, for the inputs of
-the next block.
+the next block. Where the choices look at the true output error, the second pass gathers the Gram
+matrix of every input as well.
 """
 
 import dataclasses
@@ -19,21 +20,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esparse_jax.files.interop import flax_params_from_model, model_from_flax_params
 from esparse_jax.models.layers import Calibration
-from esparse_jax.models.llama import LAYERS_PATH, PRUNED_GROUPS, LlamaConfig
+from esparse_jax.models.llama import HEADS_LINEAR, LAYERS_PATH, PRUNED_GROUPS, LlamaConfig
 from esparse_jax.models.surgery import (
     clone_model,
     get_linear,
     matches_path,
     observe,
     observed,
+    observed_grams,
     set_linear,
     split_layer,
     weight_of,
     with_weight,
 )
 from esparse_jax.pruning import (
+    SHUFFLES,
     ChannelRange,
     ChannelStats,
+    GramMatrix,
     NMPattern,
     PruneConfig,
     init_range,
@@ -54,6 +58,10 @@ class LayerRecord:
         channels: Input features.
         kept_share: The retained metric (equation 5) over the sum of all scores.
         natural_share: The same had the channels stayed in the given order.
+        shuffle: The one that gave the permutation.
+        output_error: ||XW^T - XV^T||_F^2 / ||XW^T||_F^2 over the calibration tokens, equation (4);
+            None where it was not measured.
+        natural_output_error: The same had the channels stayed in the given order.
         alpha: The weight of the amplitude in equation (3).
         richness: Least and greatest information richness of a channel, nats.
         amplitude: Least and greatest amplitude of a channel.
@@ -65,6 +73,9 @@ class LayerRecord:
     channels: int
     kept_share: float
     natural_share: float
+    shuffle: str
+    output_error: float | None
+    natural_output_error: float | None
     alpha: float
     richness: tuple[float, float]
     amplitude: tuple[float, float]
@@ -88,6 +99,12 @@ class PruneReport:
         shares = [record.kept_share for record in self.layers.values()]
         return float(np.mean(shares)) if shares else 1.0
 
+    @property
+    def output_error(self) -> float | None:
+        """Mean over the pruned layers of the relative output error; None where not measured."""
+        errors = [record.output_error for record in self.layers.values()]
+        return float(np.mean(errors)) if errors and self.config.needs_gram else None
+
     def metadata(self) -> dict[str, Any]:
         """What `esparse.json` says of this run: plain values only."""
         options = dataclasses.asdict(self.config) | {"pattern": str(self.config.pattern)}
@@ -99,6 +116,7 @@ class PruneReport:
             "layers": {path: dataclasses.asdict(record) for path, record in self.layers.items()},
             "skipped": list(self.skipped),
             "kept_share": self.kept_share,
+            "output_error": self.output_error,
             "seconds": self.seconds,
         }
 
@@ -129,15 +147,17 @@ def _calibrate(
     block: nnx.Module,
     statistics: Mapping[str, ChannelRange | ChannelStats],
     batches: list[Float[Array, "_ seq channel"]],
-) -> dict[str, ChannelRange | ChannelStats]:
-    """The statistics after the block has seen all batches, with its weights as they are."""
-    watched = observe(block, statistics)
+    *,
+    grams: bool = False,
+) -> nnx.Module:
+    """The block, observed while it saw all batches, with its weights as they are."""
+    # Donated below; the caller keeps its own.
+    watched = observe(block, jax.tree.map(jnp.copy, statistics), grams=grams)
     graphdef, calibration, weights = nnx.split(watched, Calibration, ...)
-    calibration = jax.tree.map(jnp.copy, calibration)  # donated below; the caller keeps its own
     for hidden in batches:
         calibration = _observe(graphdef, calibration, weights, hidden)
     nnx.update(watched, calibration)
-    return observed(watched)
+    return watched
 
 
 def calibrate_block(
@@ -166,8 +186,22 @@ def calibrate_block(
     Raises:
         FloatingPointError: An input of a linear holds NaN or Inf; all are named.
     """
+    return _calibrate_inputs(block, groups, batches, config, name=name, grams=False)[0]
+
+
+def _calibrate_inputs(
+    block: nnx.Module,
+    groups: tuple[tuple[str, ...], ...],
+    batches: list[Float[Array, "_ seq channel"]],
+    config: PruneConfig,
+    *,
+    name: str,
+    grams: bool,
+) -> tuple[dict[str, ChannelStats], dict[str, GramMatrix]]:
+    """`calibrate_block`, and the Gram matrices of the same inputs where they are wanted."""
     watched = {group[0]: get_linear(block, group[0]).in_features for group in groups}
-    ranges = _calibrate(block, {path: init_range(n) for path, n in watched.items()}, batches)
+    start = {path: init_range(channels) for path, channels in watched.items()}
+    ranges = observed(_calibrate(block, start, batches))
     wrong = [
         f"{name}.{path}: {count} of {watched[path]} input channels"
         for path, seen in ranges.items()
@@ -183,7 +217,8 @@ def calibrate_block(
         path: init_stats(seen, num_bins=config.num_bins, span=config.bin_span)
         for path, seen in ranges.items()
     }
-    return _calibrate(block, start, batches)
+    counted = _calibrate(block, start, batches, grams=grams)
+    return observed(counted), observed_grams(counted)
 
 
 @partial(jax.jit, static_argnames=("pattern", "bounds"))
@@ -206,7 +241,13 @@ def _shares(
 
 
 def _prune_group(
-    block: nnx.Module, name: str, group: tuple[str, ...], stats: ChannelStats, config: PruneConfig
+    block: nnx.Module,
+    name: str,
+    group: tuple[str, ...],
+    stats: ChannelStats,
+    gram: GramMatrix | None,
+    config: PruneConfig,
+    heads: tuple[int, int] | None,
 ) -> tuple[list[LayerRecord], np.ndarray]:
     """Prunes linears that share an input under one permutation, their rows stacked; in place."""
     started = time.perf_counter()
@@ -214,29 +255,60 @@ def _prune_group(
     weights = [weight_of(linear) for linear in linears]
     bounds = tuple(np.cumsum([weight.shape[0] for weight in weights[:-1]]).tolist())
     stacked = jnp.concatenate(weights)
-    pruned = prune_linear(stacked, stats, config)
+    pruned = prune_linear(stacked, stats, config, gram=gram, heads=heads)
     metric = layer_metric(stacked, stats, config)
     kept, natural = map(np.asarray, _shares(metric, pruned.mask, config.pattern, bounds))
     for path, linear, weight in zip(group, linears, jnp.split(pruned.weight, bounds), strict=True):
         set_linear(block, path, with_weight(linear, weight))
-    record = jax.tree.map(float, pruned.record)
+    record = jax.tree.map(np.asarray, pruned.record)
     permutation = np.asarray(pruned.permutation)  # waits for the device
+    paths = [f"{name}.{path}" for path in group]
+    output_errors = _relative_errors(record.row_error, record.row_energy, bounds, paths, config)
+    natural_errors = _relative_errors(
+        record.natural_row_error, record.row_energy, bounds, paths, config
+    )
     seconds = time.perf_counter() - started
     records = [
         LayerRecord(
-            path=f"{name}.{path}",
+            path=path,
             out=weights[member].shape[0],
             channels=weights[member].shape[1],
             kept_share=float(kept[member]),
             natural_share=float(natural[member]),
+            shuffle=SHUFFLES[record.shuffle],
+            output_error=output_errors[member],
+            natural_output_error=natural_errors[member],
             alpha=config.alpha,
-            richness=(record.richness_min, record.richness_max),
-            amplitude=(record.amplitude_min, record.amplitude_max),
+            richness=(float(record.richness_min), float(record.richness_max)),
+            amplitude=(float(record.amplitude_min), float(record.amplitude_max)),
             seconds=seconds,
         )
-        for member, path in enumerate(group)
+        for member, path in enumerate(paths)
     ]
     return records, permutation
+
+
+def _relative_errors(
+    errors: Float[np.ndarray, " out"],
+    energies: Float[np.ndarray, " out"],
+    bounds: tuple[int, ...],
+    paths: list[str],
+    config: PruneConfig,
+) -> list[float] | list[None]:
+    """The relative output error of each linear of a stack; None for each where not measured."""
+    if not config.needs_gram:
+        return [None] * len(paths)
+    if not np.isfinite([errors, energies]).all():
+        raise FloatingPointError(
+            f"The Gram matrix of the input of {', '.join(paths)} is not finite, though the "
+            f"activations are: their products overflow float32. Leave these dense with skip, or "
+            f"prune with select='metric' and measure_error=False."
+        )
+    shares = []
+    for error, energy in zip(np.split(errors, bounds), np.split(energies, bounds), strict=True):
+        total = float(error.sum(dtype=np.float64))
+        shares.append(total / float(energy.sum(dtype=np.float64)) if total else 0.0)
+    return shares
 
 
 def prune_model(
@@ -256,7 +328,10 @@ def prune_model(
     Args:
         model: A dense model; it is not changed.
         calibration: Token windows, one a row (`files.data.calibration_windows`).
-        config: The choices.
+        config: The choices. Those that look at the true output error (`select="error"`,
+            `measure_error`) need the Gram matrix of every input of a block at once: for each
+            channels x channels float32 on the device, and as much again while a batch is added
+            (7B: 0.64 GiB a block and 0.45 more; 70B: 3.8 and 3.1).
         batch_size: Windows a step; activations of one step are the driver's working memory beside
             the hidden states of all windows.
         progress: Called after every block.
@@ -266,9 +341,10 @@ def prune_model(
 
     Raises:
         ValueError: Calibration windows of the wrong shape or with ids outside the vocabulary; a
-            layer whose channels are not a multiple of M (leave it dense with `skip`); a name in
-            `skip` that means no layer.
-        FloatingPointError: NaN or Inf in weights or activations, named by layer.
+            layer whose channels, slices or heads hold no whole groups of M (leave it dense with
+            `skip`); a name in `skip` that means no layer.
+        FloatingPointError: NaN or Inf in weights or activations, or a Gram matrix beyond float32;
+            named by layer.
 
     Source: E-Sparse, sections 3 and 5.1; statistics of a block from one dense pass of that block
     on the outputs of the pruned blocks before it, as in Wanda (arXiv 2306.11695).
@@ -289,10 +365,16 @@ def prune_model(
     for index in range(blocks):
         block, name = model.model.layers[index], f"{LAYERS_PATH}.{index}"
         groups = plan[index]
-        statistics = calibrate_block(block, groups, batches, config, name=name) if groups else {}
+        statistics, grams = {}, {}
+        if groups:
+            statistics, grams = _calibrate_inputs(
+                block, groups, batches, config, name=name, grams=config.needs_gram
+            )
         records = []
         for group in groups:
-            done, permutation = _prune_group(block, name, group, statistics[group[0]], config)
+            stats, gram = statistics[group[0]], grams.pop(group[0], None)
+            heads = _heads(model, config) if HEADS_LINEAR in group else None
+            done, permutation = _prune_group(block, name, group, stats, gram, config, heads)
             records += done
             permutations |= {record.path: permutation for record in done}
         layers |= {record.path: record for record in records}
@@ -352,6 +434,13 @@ def _all_paths(blocks: int) -> list[str]:
     ]
 
 
+def _heads(model: nnx.Module, config: PruneConfig) -> tuple[int, int] | None:
+    """The query and key/value heads that channels of the output projection stay in, if they do."""
+    if config.heads == "free":
+        return None
+    return model.config.num_attention_heads, model.config.num_key_value_heads
+
+
 def _plan(model: nnx.Module, config: PruneConfig) -> list[tuple[tuple[str, ...], ...]]:
     """For each block the groups of linears to prune, skipped ones left out; all checked first."""
     blocks = model.model.layers
@@ -372,16 +461,18 @@ def _plan(model: nnx.Module, config: PruneConfig) -> list[tuple[tuple[str, ...],
                 groups.append(kept)
             for path in kept:
                 linear = get_linear(block, path)
-                if linear.in_features % config.pattern.m:
-                    uneven.append(f"{name}.{path} has {linear.in_features}")
+                heads = _heads(model, config) if path == HEADS_LINEAR else None
+                if misfit := _misfit(linear.in_features, heads, config):
+                    uneven.append(f"{name}.{path} {misfit}")
                 if not bool(jnp.isfinite(weight_of(linear)).all()):
                     broken.append(f"{name}.{path}")
         plan.append(tuple(groups))
     if uneven:
         raise ValueError(
             f"{config.pattern} pruning groups {config.pattern.m} neighbouring input channels, so "
-            f"their number must be a multiple of {config.pattern.m}. Leave these dense with skip, "
-            f"for example skip=({uneven[0].split()[0]!r},):\n" + "\n".join(uneven)
+            f"their number must be a multiple of {config.pattern.m}, in every slice and in every "
+            f"head that keeps its channels. Leave these dense with skip, for example "
+            f"skip=({uneven[0].split()[0]!r},):\n" + "\n".join(uneven)
         )
     if broken:
         raise FloatingPointError(
@@ -389,6 +480,16 @@ def _plan(model: nnx.Module, config: PruneConfig) -> list[tuple[tuple[str, ...],
             "the checkpoint, or leave these dense with skip:\n" + "\n".join(broken)
         )
     return plan
+
+
+def _misfit(channels: int, heads: tuple[int, int] | None, config: PruneConfig) -> str | None:
+    """What keeps a layer's channels from falling into groups; None where nothing does."""
+    parts, kind = (config.slices, "slices") if heads is None else (heads[0], "heads")
+    if parts % config.slices:
+        return f"has {parts} heads, which {config.slices} slices cut through"
+    if channels % (parts * config.pattern.m):
+        return f"has {channels}" + (f" in {parts} {kind}" if parts > 1 else "")
+    return None
 
 
 def _check_calibration(calibration: Int[np.ndarray, "sample seq"], vocab_size: int) -> None:

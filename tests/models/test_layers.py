@@ -8,6 +8,7 @@ from flax import nnx
 
 from esparse_jax.models.layers import (
     Calibration,
+    CalibrationGram,
     CalibrationRange,
     CalibrationStats,
     CompressedWeight,
@@ -16,6 +17,7 @@ from esparse_jax.models.layers import (
     Permutation,
     SparseLinear,
 )
+from esparse_jax.pruning.error import init_gram, update_gram
 from esparse_jax.pruning.stats import init_range, init_stats, update_range, update_stats
 from esparse_jax.sparse.compress import compress24
 
@@ -78,6 +80,34 @@ def test_an_observed_layer_gathers_what_it_reads(kind):
     )
     exact = seen._replace(sum_of_squares=expected.sum_of_squares)
     jax.tree.map(np.testing.assert_array_equal, exact, expected)
+
+
+def test_an_observed_layer_gathers_the_gram_matrix_beside_its_statistics():
+    dense, batches = linear(), [inputs(0), inputs(1)]
+    layer = ObservedLinear(dense, init_range(CHANNELS), init_gram(CHANNELS))
+    graphdef, grams, statistics, weights = nnx.split(layer, CalibrationGram, Calibration, ...)
+    assert [leaf.shape for leaf in jax.tree.leaves(grams)] == [(CHANNELS, CHANNELS), ()]
+
+    @jax.jit
+    def step(grams, statistics, x):
+        layer = nnx.merge(graphdef, grams, statistics, weights)
+        y = layer(x)
+        return y, *nnx.split(layer, CalibrationGram, Calibration, ...)[1:3]
+
+    plain, seen = init_gram(CHANNELS), init_range(CHANNELS)
+    for x in batches:
+        y, grams, statistics = step(grams, statistics, x)
+        np.testing.assert_array_equal(y, jax.jit(dense)(x))
+        tokens = x.reshape(-1, CHANNELS)
+        plain, seen = update_gram(plain, tokens), update_range(seen, tokens)
+    assert step._cache_size() == 1
+    layer = nnx.merge(graphdef, grams, statistics, weights)
+    gram = layer.gram.get_value()
+    assert int(gram.tokens) == 20
+    bound = 20 * EPSILON * jnp.diagonal(gram.products).max()
+    assert np.abs(gram.products - plain.products).max() <= bound
+    np.testing.assert_array_equal(layer.calibration.get_value().maximum, seen.maximum)
+    assert ObservedLinear(dense, init_range(CHANNELS)).gram is None
 
 
 def test_a_masked_layer_ignores_what_is_masked_out():

@@ -18,6 +18,7 @@ from esparse_jax.models.surgery import (
     matches_path,
     observe,
     observed,
+    observed_grams,
     replace_linears,
     set_linear,
     sparsify_model,
@@ -148,6 +149,18 @@ def test_observing_and_back(model):
         weight_of(get_linear(watched, "self_attn.q_proj")),
         weight_of(get_linear(layer, "self_attn.q_proj")),
     )
+
+    assert observed_grams(watched) == {}
+    starts = {path: init_range(size) for path, size in inputs.items()}
+    both = observe(layer, starts, grams=True)
+    both(hidden)
+    grams = observed_grams(both)
+    assert list(grams) == list(observed(both)) == sorted(inputs)
+    for path, gram in grams.items():
+        assert int(gram.tokens) == 24
+        np.testing.assert_allclose(
+            jnp.diagonal(gram.products), observed(both)[path].sum_of_squares, rtol=1e-5
+        )
 
     plain = unobserve(watched)
     assert {type(linear) for _, linear in iter_linears(plain)} == {nnx.Linear}
