@@ -27,6 +27,7 @@ from esparse_jax.pipeline import prune_model
 from esparse_jax.pruning import NMPattern, PruneConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Shuffle = Literal["none", "global", "paper", "strided", "full", "assignment"]
 
 
 def compute_dtype(choice: Dtype) -> str | None:
@@ -60,16 +61,34 @@ class Prune:
     pattern: str = "2:4"
     """N:M, N kept of every M: 2:4, 4:8, 1:4, ..."""
     method: Literal["esparse", "wanda", "magnitude"] = PruneConfig().method
-    shuffle: Literal["none", "global", "paper", "strided", "full", "assignment"] = (
-        PruneConfig().shuffle
-    )
+    shuffle: Shuffle = PruneConfig().shuffle
+    """How channels are brought into groups; `full` is one block of all channels."""
+    select: Literal["metric", "error"] = PruneConfig().select
+    """metric: take `--shuffle`. error: search all `--candidates` and take, for each input, the one
+    of least true output error."""
+    candidates: tuple[Shuffle, ...] = PruneConfig().candidates
+    """Shuffles that compete under `--select error`; of equal errors the earlier is taken."""
+    measure_error: bool = PruneConfig().measure_error
+    """Record the true output error of every linear. It takes a Gram matrix, channels x channels
+    float32, for every input of a block."""
+    heads: Literal["free", "within"] = PruneConfig().heads
+    """within: the channels of the attention output projection stay inside their heads, so that
+    their order can be folded into the value projection."""
+    slices: int = PruneConfig().slices
+    """Permutations stay inside that many equal slices of the channels (tensor-parallel shards)."""
     alpha: float = PruneConfig().alpha
     """Weight of the amplitude against the information richness (equation 3)."""
     amplitude: Literal["rms", "l2", "relative"] = PruneConfig().amplitude
     num_bins: int = PruneConfig().num_bins
     bin_span: Literal["channel", "layer", "rms"] = PruneConfig().bin_span
     block_size: int = PruneConfig().block_size
-    deal: Literal["naive", "snake"] = PruneConfig().deal
+    """Channels in a block of the shuffles paper and strided."""
+    deal: Literal["naive", "snake", "sorted"] = PruneConfig().deal
+    """How the global shuffle deals out the sorted channels, where every search starts."""
+    scores: Literal["fixed", "float32"] = PruneConfig().scores
+    """fixed: the search adds fixed-point scores, exact and alike on every device."""
+    escape: int = PruneConfig().escape
+    """So many times: disturb a few groups, search again, keep the better."""
     skip: tuple[str, ...] = ()
     """Linears to leave dense, by checkpoint path or its end, e.g. `down_proj`."""
     num_samples: int = 128
@@ -95,6 +114,13 @@ class Prune:
             bin_span=self.bin_span,
             block_size=self.block_size,
             deal=self.deal,
+            scores=self.scores,
+            escape=self.escape,
+            slices=self.slices,
+            heads=self.heads,
+            select=self.select,
+            candidates=self.candidates,
+            measure_error=self.measure_error,
             skip=self.skip,
         )
         check_output(self.output, like=self.model, overwrite=self.overwrite)
@@ -126,9 +152,12 @@ class Prune:
             permutations=report.permutations,
             overwrite=self.overwrite,
         )
+        shuffle = "of least error" if config.select == "error" else config.shuffle
+        measured = report.output_error
+        error = "" if measured is None else f"output error {100 * measured:.2f} % in the mean, "
         console.print(
             f"{len(report.layers)} linears at {config.pattern} by {config.method}, shuffle "
-            f"{config.shuffle}: {100 * report.kept_share:.2f} % of the metric kept, "
+            f"{shuffle}: {100 * report.kept_share:.2f} % of the metric kept, {error}"
             f"{report.seconds:.1f} s. Written to {self.output}."
         )
         finish(self.json, metadata)

@@ -60,6 +60,51 @@ def test_prune_writes_a_checkpoint_that_verifies(pruned, checkpoint, capsys):
     assert "model.layers.0" in capsys.readouterr().out
 
 
+def test_prune_selects_by_the_error_inside_heads_and_slices(checkpoint, text, tmp_path, capsys):
+    code = run(
+        "prune", checkpoint, "--output", tmp_path / "out", "--calibration", text,
+        "--num-samples", 4, "--sequence-length", 16, "--select", "error",
+        "--candidates", "global", "none", "--heads", "within", "--slices", 2,
+        "--deal", "sorted", "--scores", "float32", "--escape", 1,
+        "--json", tmp_path / "prune.json",
+    )  # fmt: skip
+    assert code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    records = json.loads((tmp_path / "prune.json").read_text())
+    assert f"output error {100 * records['output_error']:.2f} %" in said
+    assert "shuffle of least error" in said
+    options = records["options"]
+    assert options["select"] == "error"
+    assert options["candidates"] == ["global", "none"]
+    assert (options["heads"], options["slices"], options["escape"]) == ("within", 2, 1)
+    assert (options["deal"], options["scores"]) == ("sorted", "float32")
+    for record in records["layers"].values():
+        assert record["shuffle"] in ("none", "global")
+        assert 0 < record["output_error"] < 1
+        assert 0 < record["natural_output_error"] < 1
+    assert run("verify", tmp_path / "out") == 0
+    orders = load_file(tmp_path / "out" / "esparse_permutations.safetensors")
+    order = orders["model.layers.0.self_attn.o_proj.permutation"]
+    np.testing.assert_array_equal(order // 8, np.repeat(np.arange(4), 8))
+    order = orders["model.layers.1.mlp.down_proj.permutation"]
+    np.testing.assert_array_equal(order // 32, np.repeat([0, 1], 32))
+
+
+def test_prune_measures_the_error_where_asked(pruned, checkpoint, text, tmp_path):
+    records = json.loads((pruned / "prune.json").read_text())
+    assert records["output_error"] is None
+    assert {record["output_error"] for record in records["layers"].values()} == {None}
+    code = run(
+        "prune", checkpoint, "--output", tmp_path / "out", "--calibration", text,
+        "--num-samples", 4, "--sequence-length", 16, "--shuffle", "global", "--alpha", 2.5,
+        "--measure-error", "--json", tmp_path / "prune.json",
+    )  # fmt: skip
+    assert code == 0
+    measured = json.loads((tmp_path / "prune.json").read_text())
+    assert measured["kept_share"] == records["kept_share"]
+    assert all(record["output_error"] > 0 for record in measured["layers"].values())
+
+
 def test_verify_names_the_one_weight_that_was_put_back(pruned, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
