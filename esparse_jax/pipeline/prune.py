@@ -102,8 +102,8 @@ class PruneReport:
     @property
     def output_error(self) -> float | None:
         """Mean over the pruned layers of the relative output error; None where not measured."""
-        errors = [record.output_error for record in self.layers.values()]
-        return float(np.mean(errors)) if errors and self.config.needs_gram else None
+        errors = [r.output_error for r in self.layers.values() if r.output_error is not None]
+        return float(np.mean(errors)) if errors else None
 
     def metadata(self) -> dict[str, Any]:
         """What `esparse.json` says of this run: plain values only."""
