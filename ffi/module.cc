@@ -2,7 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <initializer_list>
+#include <utility>
+#include <vector>
+
 #include "cpu/handlers.h"
+#include "cusparselt/bindings.h"
+#include "cusparselt/handlers.h"
 #include "xla/ffi/api/c_api.h"
 #ifdef ESPARSE_CUDA
 #include "cuda/handlers.h"
@@ -18,6 +24,10 @@ constexpr const char* kProductTarget = "esparse_product24_cpu_v1";
 constexpr const char* kExpandTarget = "esparse_expand24_cpu_v1";
 constexpr const char* kCudaDecodeTarget = "esparse_decode24_cuda_v1";
 constexpr const char* kCudaMlpTarget = "esparse_mlp24_cuda_v1";
+constexpr const char* kMatmulTarget = "esparse_cusparselt_matmul_cuda_v1";
+constexpr const char* kCompressTarget = "esparse_cusparselt_compress_cuda_v1";
+constexpr const char* kHostMatmulTarget = "esparse_cusparselt_matmul_host_v1";
+constexpr const char* kHostCompressTarget = "esparse_cusparselt_compress_host_v1";
 
 #ifdef ESPARSE_CUDA
 constexpr bool kHasCuda = true;
@@ -29,23 +39,57 @@ py::capsule Capsule(XLA_FFI_Handler* handler) {
   return py::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
 }
 
+py::dict Stages(std::initializer_list<std::pair<const char*, XLA_FFI_Handler*>> stages) {
+  py::dict capsules;
+  for (const auto& [stage, handler] : stages) capsules[stage] = Capsule(handler);
+  return capsules;
+}
+
 // name -> (platform, {stage: handler}), as jax.ffi.register_ffi_target takes them.
 py::dict Registrations() {
+  using namespace esparse;  // NOLINT: the namespaces below it say where a handler is from
   py::dict registrations;
-  py::dict product;
-  product["execute"] = Capsule(esparse::cpu::Product24);
-  registrations[kProductTarget] = py::make_tuple("cpu", product);
-  py::dict expand;
-  expand["execute"] = Capsule(esparse::cpu::Expand24);
-  registrations[kExpandTarget] = py::make_tuple("cpu", expand);
+  registrations[kProductTarget] = py::make_tuple("cpu", Stages({{"execute", cpu::Product24}}));
+  registrations[kExpandTarget] = py::make_tuple("cpu", Stages({{"execute", cpu::Expand24}}));
+  registrations[kMatmulTarget] =
+      py::make_tuple("CUDA", Stages({{"instantiate", cusparselt::CusparseltMatmulInstantiate},
+                                     {"initialize", cusparselt::CusparseltMatmulInitialize},
+                                     {"execute", cusparselt::CusparseltMatmulExecute}}));
+  registrations[kCompressTarget] =
+      py::make_tuple("CUDA", Stages({{"instantiate", cusparselt::CusparseltCompressInstantiate},
+                                     {"initialize", cusparselt::CusparseltCompressInitialize},
+                                     {"execute", cusparselt::CusparseltCompressExecute}}));
 #ifdef ESPARSE_CUDA
-  py::dict decode;
-  decode["execute"] = Capsule(esparse::cuda::Decode24);
-  registrations[kCudaDecodeTarget] = py::make_tuple("CUDA", decode);
-  py::dict mlp;
-  mlp["execute"] = Capsule(esparse::cuda::Mlp24);
-  registrations[kCudaMlpTarget] = py::make_tuple("CUDA", mlp);
+  registrations[kCudaDecodeTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::Decode24}}));
+  registrations[kCudaMlpTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::Mlp24}}));
 #endif
+  return registrations;
+}
+
+// The form of cuSPARSELt's handlers for tests on the CPU platform (cusparselt/platform.h). Apart
+// from the others, because XLA refuses a handler with a state before its CPU backend is up.
+py::dict HostRegistrations() {
+  using namespace esparse::cusparselt;  // NOLINT
+  py::dict registrations;
+  registrations[kHostMatmulTarget] =
+      py::make_tuple("cpu", Stages({{"instantiate", CusparseltMatmulHostInstantiate},
+                                    {"execute", CusparseltMatmulHostExecute}}));
+  registrations[kHostCompressTarget] =
+      py::make_tuple("cpu", Stages({{"instantiate", CusparseltCompressHostInstantiate},
+                                    {"execute", CusparseltCompressHostExecute}}));
+  return registrations;
+}
+
+// name -> (platform, registration), as jax.ffi.register_ffi_type takes them.
+py::dict TypeRegistrations(const std::vector<esparse::cusparselt::StateType>& types,
+                           const char* platform) {
+  py::dict registrations;
+  for (const auto& type : types) {
+    py::dict registration;
+    registration["type_id"] = py::capsule(type.id, "xla._TYPE_ID");
+    registration["type_info"] = py::capsule(type.info, "xla._TYPE_INFO");
+    registrations[type.name] = py::make_tuple(platform, registration);
+  }
   return registrations;
 }
 
@@ -57,8 +101,19 @@ PYBIND11_MODULE(_esparse_ffi, module) {
   module.attr("EXPAND24_CPU") = kExpandTarget;
   module.attr("CUDA_DECODE_TARGET") = kCudaDecodeTarget;
   module.attr("CUDA_MLP_TARGET") = kCudaMlpTarget;
+  module.attr("CUSPARSELT_MATMUL") = kMatmulTarget;
+  module.attr("CUSPARSELT_COMPRESS") = kCompressTarget;
+  module.attr("CUSPARSELT_MATMUL_HOST") = kHostMatmulTarget;
+  module.attr("CUSPARSELT_COMPRESS_HOST") = kHostCompressTarget;
   module.attr("HAS_CUDA") = kHasCuda;
+  module.attr("HAS_CUSPARSELT_TIMER") = kHasCuda;
   module.def("registrations", &Registrations);
+  module.def("types",
+             [] { return TypeRegistrations(esparse::cusparselt::StateTypesOnCuda(), "CUDA"); });
+  module.def("host_registrations", &HostRegistrations);
+  module.def("host_types",
+             [] { return TypeRegistrations(esparse::cusparselt::StateTypesOnHost(), "cpu"); });
+  esparse::cusparselt::Bind(module);
   module.def("cpu_levels", &esparse::cpu::SupportedLevels);
   module.def("cpu_level_code", &esparse::cpu::LevelCode);
 }

@@ -1,5 +1,6 @@
 """The 2:4 weight and its product."""
 
+from ._ffi_cusparselt import Algorithm, SplitKMode, load_cusparselt
 from .blob import Blob24, blob24, compressed24_of, interleave_gate_up
 from .compress import Compressed24, check24, compress24, decompress24
 from .fused import (
@@ -11,8 +12,10 @@ from .fused import (
 from .matmul import sparse_matmul, sparse_matmul_reference
 
 __all__ = [
+    "Algorithm",
     "Blob24",
     "Compressed24",
+    "SplitKMode",
     "blob24",
     "check24",
     "compress24",
@@ -21,6 +24,7 @@ __all__ = [
     "fused_matmul",
     "fused_matmul_reference",
     "interleave_gate_up",
+    "load_cusparselt",
     "sparse_matmul",
     "sparse_matmul_reference",
     "sparse_mlp",

@@ -8,6 +8,7 @@ import functools
 import importlib
 import logging
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ def _extension() -> ModuleType | None:
             error,
         )
         return None
+    for name, (platform, registration) in extension.types().items():  # before who has them as state
+        jax.ffi.register_ffi_type(name, registration, platform=platform)
     for name, (platform, stages) in extension.registrations().items():
         jax.ffi.register_ffi_target(name, stages, platform=platform)
     return extension
@@ -65,9 +68,8 @@ def cpu_product(
     extension = _require_extension(values)
     if level != "best" and level not in cpu_levels():
         raise ValueError(f"this processor runs the levels {cpu_levels()}; got {level!r}.")
-    # The result varies over the same mesh axes as x, the weight, or both (inside shard_map).
-    result = jax.eval_shape(lambda x, v: x[:, :1] + v[None, :, 0], x, values)
-    call = jax.ffi.ffi_call(extension.PRODUCT24_CPU, jax.ShapeDtypeStruct.like(result))
+    result = result_like(x, values, (x.shape[0], values.shape[0]), x.dtype)
+    call = jax.ffi.ffi_call(extension.PRODUCT24_CPU, result)
     code = -1 if level == "best" else extension.cpu_level_code(level)
     return call(x, values, indices, level=np.int32(code))
 
@@ -77,9 +79,24 @@ def cpu_expand(
 ) -> Float[Array, "out channel"]:
     """The dense weight; several times as fast as `decompress24` is on the CPU."""
     extension = _require_extension(values)
-    result = jax.eval_shape(lambda v: jnp.concatenate([v, v], axis=1), values)
-    call = jax.ffi.ffi_call(extension.EXPAND24_CPU, jax.ShapeDtypeStruct.like(result))
-    return call(values, indices)
+    out, kept = values.shape
+    result = result_like(values, indices, (out, 2 * kept), values.dtype)
+    return jax.ffi.ffi_call(extension.EXPAND24_CPU, result)(values, indices)
+
+
+def result_like(
+    x: Array, weight: Array, shape: tuple[int, ...], dtype: Any
+) -> jax.ShapeDtypeStruct:
+    """What a call with these arguments returns.
+
+    Inside `shard_map` it varies over the same mesh axes as x, the weight, or both; a bare
+    `ShapeDtypeStruct` would vary over none, and break a loop that carries it.
+    """
+
+    def from_both(x, weight):
+        return jnp.broadcast_to(x.sum().astype(dtype) + weight.sum().astype(dtype), shape)
+
+    return jax.ShapeDtypeStruct.like(jax.eval_shape(from_both, x, weight))
 
 
 def _require_extension(values: Array) -> ModuleType:

@@ -3,7 +3,6 @@
 from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
@@ -74,7 +73,8 @@ def decode(
     """
     extension = _extension()
     _require_rows(x.shape[0])
-    fusion, more, results = 0, [], [_like(x, blob, out // 2 if swiglu else out)]
+    columns = out // 2 if swiglu else out
+    fusion, more, results = 0, [], [_ffi.result_like(x, blob, (x.shape[0], columns), x.dtype)]
     if norm_epsilon is not None:
         fusion |= _NORM
     if swiglu:
@@ -85,7 +85,7 @@ def decode(
     if permutation is not None:
         fusion |= _PERMUTE
         more.append(permutation)
-        results.append(_like(x, blob, x.shape[1]))
+        results.append(_ffi.result_like(x, blob, x.shape, x.dtype))
     return jax.ffi.ffi_call(extension.CUDA_DECODE_TARGET, results)(
         x,
         blob,
@@ -109,7 +109,10 @@ def mlp(
     """`x + down(swiglu(gate_up(norm(x))))` in one call, whose two kernels overlap."""
     extension = _extension()
     _require_rows(x.shape[0])
-    results = [_like(x, gate_up, x.shape[1]), _like(x, gate_up, inner)]
+    results = [
+        _ffi.result_like(x, gate_up, x.shape, x.dtype),
+        _ffi.result_like(x, gate_up, (x.shape[0], inner), x.dtype),
+    ]
     return jax.ffi.ffi_call(extension.CUDA_MLP_TARGET, results)(
         x,
         gate_up,
@@ -118,17 +121,3 @@ def mlp(
         gate_up_plan=_plan(gate_up_plan),
         down_plan=_plan(down_plan),
     )[0]
-
-
-def _like(x: Array, blob: Array, columns: int) -> jax.ShapeDtypeStruct:
-    """A result with the rows and dtype of x; in shard_map it varies like x and the weight do."""
-    return jax.ShapeDtypeStruct.like(
-        jax.eval_shape(
-            lambda x, blob: (
-                jnp.zeros((x.shape[0], columns), x.dtype)
-                + (x[:, :1] + blob[None, :1].astype(x.dtype))
-            ),
-            x,
-            blob,
-        )
-    )

@@ -1,0 +1,121 @@
+#include "cusparselt/bindings.h"
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "cusparselt/library.h"
+#include "cusparselt/plan.h"
+#include "cusparselt/platform.h"
+#ifdef ESPARSE_CUDA
+#include "cusparselt/timing.h"
+#endif
+
+namespace py = pybind11;
+
+namespace esparse::cusparselt {
+namespace {
+
+// The value, or RuntimeError. Python is outside XLA: here errors may be exceptions.
+template <typename T>
+T ValueOrThrow(ffi::ErrorOr<T> result) {
+  if (!result.has_value()) throw std::runtime_error(result.error().message());
+  return std::move(*result);
+}
+
+const char* Soname(bool on_host) { return on_host ? OnHost::kLibrary : OnCuda::kLibrary; }
+
+SharedLibrary LoadedLibrary(bool on_host) {
+  return std::make_shared<const Library>(ValueOrThrow(Library::Loaded(Soname(on_host))));
+}
+
+int TypeNamed(const std::string& dtype) {
+  if (dtype == "float16") return kTypeFloat16;
+  if (dtype == "bfloat16") return kTypeBfloat16;
+  throw std::invalid_argument("cuSPARSELt is called for float16 and bfloat16; got " + dtype + ".");
+}
+
+py::tuple Open(const std::string& path, bool on_host) {
+  Library library = [&] {
+    const py::gil_scoped_release release;  // reading 200 MB may take a while
+    return ValueOrThrow(Library::Open(path, Soname(on_host)));
+  }();
+  return py::make_tuple(library.version(), library.path());
+}
+
+int HostArchitecture() { return ValueOrThrow(OnHost::Architecture(*LoadedLibrary(true))); }
+
+py::dict DescribePlan(int64_t rows, int64_t out, int64_t channels, const std::string& dtype,
+                      int32_t algorithm, int32_t split_k, int32_t split_k_mode,
+                      int32_t split_k_buffers, bool on_host) {
+  const Problem problem = {rows, out, channels, TypeNamed(dtype)};
+  const Algorithm wanted = {algorithm, split_k, split_k_mode, split_k_buffers};
+  Algorithm chosen;
+  const Plan plan = [&] {
+    const py::gil_scoped_release release;
+    Plan made = ValueOrThrow(Plan::Create(LoadedLibrary(on_host), problem, wanted));
+    chosen = ValueOrThrow(made.Chosen());
+    return made;
+  }();
+  py::dict facts;
+  facts["algorithms"] = plan.algorithms();
+  facts["workspace_bytes"] = plan.workspace_bytes();
+  facts["blob_bytes"] = plan.blob_bytes();
+  facts["algorithm"] = chosen.id;
+  facts["split_k"] = chosen.split_k;
+  facts["split_k_mode"] = chosen.split_k_mode;
+  facts["split_k_buffers"] = chosen.split_k_buffers;
+  return facts;
+}
+
+py::tuple CompressedBytes(int64_t out, int64_t channels, const std::string& dtype, bool on_host) {
+  const int type = TypeNamed(dtype);
+  const Compression compression = [&] {
+    const py::gil_scoped_release release;
+    return ValueOrThrow(Compression::Create(LoadedLibrary(on_host), out, channels, type));
+  }();
+  return py::make_tuple(compression.blob_bytes(), compression.workspace_bytes());
+}
+
+#ifdef ESPARSE_CUDA
+double Time(int32_t device, int64_t rows, int64_t out, int64_t channels, const std::string& dtype,
+            int32_t algorithm, int32_t split_k, int32_t split_k_mode, int32_t split_k_buffers,
+            uintptr_t x, uintptr_t blobs, int64_t copies, uintptr_t y, uintptr_t workspace,
+            size_t workspace_bytes, int32_t launches, int32_t replays) {
+  Candidate candidate;
+  candidate.problem = {rows, out, channels, TypeNamed(dtype)};
+  candidate.algorithm = {algorithm, split_k, split_k_mode, split_k_buffers};
+  candidate.x = reinterpret_cast<const void*>(x);
+  candidate.blobs = reinterpret_cast<const void*>(blobs);
+  candidate.copies = copies;
+  candidate.y = reinterpret_cast<void*>(y);
+  candidate.workspace = reinterpret_cast<void*>(workspace);
+  candidate.workspace_bytes = workspace_bytes;
+  const py::gil_scoped_release release;
+  return ValueOrThrow(
+      TimeCandidate(LoadedLibrary(/*on_host=*/false), device, candidate, launches, replays));
+}
+#endif
+
+}  // namespace
+
+void Bind(py::module_& module) {
+  using py::arg;
+  module.def("cusparselt_open", &Open, arg("path"), arg("on_host") = false);
+  module.def("cusparselt_host_architecture", &HostArchitecture);
+  module.def("cusparselt_plan", &DescribePlan, py::kw_only(), arg("rows"), arg("out"),
+             arg("channels"), arg("dtype"), arg("algorithm"), arg("split_k"), arg("split_k_mode"),
+             arg("split_k_buffers"), arg("on_host"));
+  module.def("cusparselt_compressed_bytes", &CompressedBytes, py::kw_only(), arg("out"),
+             arg("channels"), arg("dtype"), arg("on_host"));
+#ifdef ESPARSE_CUDA
+  module.def("cusparselt_time", &Time, py::kw_only(), arg("device"), arg("rows"), arg("out"),
+             arg("channels"), arg("dtype"), arg("algorithm"), arg("split_k"), arg("split_k_mode"),
+             arg("split_k_buffers"), arg("x"), arg("blobs"), arg("copies"), arg("y"),
+             arg("workspace"), arg("workspace_bytes"), arg("launches"), arg("replays"));
+#endif
+}
+
+}  // namespace esparse::cusparselt

@@ -1,0 +1,176 @@
+#include "cusparselt/plan.h"
+
+#include <sstream>
+#include <utility>
+
+namespace esparse::cusparselt {
+namespace {
+
+ffi::Error Set(const Library& library, const Handle& handle, const Selection& selection,
+               AlgorithmAttribute attribute, int value) {
+  ESPARSE_CUSPARSELT_CALL(library, MatmulAlgSetAttribute, handle.get(), selection.get(), attribute,
+                          &value, sizeof(value));
+  return ffi::Error::Success();
+}
+
+ffi::Error Get(const Library& library, const Handle& handle, const Selection& selection,
+               AlgorithmAttribute attribute, int* value) {
+  ESPARSE_CUSPARSELT_CALL(library, MatmulAlgGetAttribute, handle.get(), selection.get(), attribute,
+                          value, sizeof(*value));
+  return ffi::Error::Success();
+}
+
+// The error with what it happened to.
+ffi::Error Explain(const ffi::Error& error, const std::string& what) {
+  return ffi::Error(error.errc().value_or(ffi::ErrorCode::kInternal), error.message() + " " + what);
+}
+
+}  // namespace
+
+std::string TextOf(const Problem& problem) {
+  std::ostringstream text;
+  text << "y[" << problem.rows << ", " << problem.out << "] = x[" << problem.rows << ", "
+       << problem.channels << "] * W[" << problem.out << ", " << problem.channels << "]^T in "
+       << (problem.type == kTypeFloat16 ? "float16" : "bfloat16");
+  return text.str();
+}
+
+ffi::ErrorOr<Plan> Plan::Create(SharedLibrary library, const Problem& problem,
+                                const Algorithm& algorithm) {
+  Plan plan;
+  plan.library_ = std::move(library);
+  const ffi::Error error = plan.Build(problem, algorithm);
+  if (error.failure()) {
+    std::ostringstream what;
+    what << "The product is " << TextOf(problem) << ", with ";
+    if (algorithm.id < 0) {
+      what << "the library's own algorithm";
+    } else {
+      what << "algorithm " << algorithm.id;
+    }
+    what << ", split_k " << algorithm.split_k << ", split_k_mode " << algorithm.split_k_mode
+         << ", split_k_buffers " << algorithm.split_k_buffers << ".";
+    return Failure{Explain(error, what.str())};
+  }
+  return ffi::ErrorOr<Plan>(std::move(plan));
+}
+
+ffi::Error Plan::Build(const Problem& problem, const Algorithm& algorithm) {
+  const Library& library = *library_;
+  // Without a transpose: x [row, channel] is B read with "op transpose", and y [row, out] is the
+  // library's D [out, row] in column order, which is the same bytes.
+  ESPARSE_ASSIGN_OR_RETURN(handle, MakeHandle(library));
+  handle_ = std::move(handle);
+  ESPARSE_ASSIGN_OR_RETURN(
+      weight, MakeSparse(library, handle_, problem.out, problem.channels, problem.type));
+  weight_ = std::move(weight);
+  ESPARSE_ASSIGN_OR_RETURN(x, MakeDense(library, handle_, problem.rows, problem.channels,
+                                        problem.channels, problem.type, kOrderRow));
+  x_ = std::move(x);
+  ESPARSE_ASSIGN_OR_RETURN(y, MakeDense(library, handle_, problem.out, problem.rows, problem.out,
+                                        problem.type, kOrderColumn));
+  y_ = std::move(y);
+  matmul_ = std::make_unique<MatmulData>();
+  ESPARSE_CUSPARSELT_CALL(library, MatmulDescriptorInit, handle_.get(), matmul_.get(),
+                          kNonTranspose, kTranspose, weight_.get(), x_.get(), y_.get(), y_.get(),
+                          kCompute32F);
+  ESPARSE_ASSIGN_OR_RETURN(
+      selection, Make<SelectionData>(library.functions().MatmulAlgSelectionDestroy,
+                                     [&](SelectionData* data) -> ffi::Error {
+                                       ESPARSE_CUSPARSELT_CALL(library, MatmulAlgSelectionInit,
+                                                               handle_.get(), data, matmul_.get(),
+                                                               kDefaultSelection);
+                                       return ffi::Error::Success();
+                                     }));
+  selection_ = std::move(selection);
+
+  ESPARSE_RETURN_IF_ERROR(Get(library, handle_, selection_, kConfigMaxId, &algorithms_));
+  if (algorithm.id >= algorithms_) {
+    return InvalidArgument("cuSPARSELt ", VersionName(library.version()),
+                           " has the algorithms 0 to ", algorithms_ - 1,
+                           " for this product on this GPU. Their numbers mean ",
+                           "nothing on another GPU or version: search again.");
+  }
+  const std::pair<AlgorithmAttribute, int32_t> wanted[] = {
+      {kSplitK, algorithm.split_k},
+      {kSplitKMode, algorithm.split_k_mode},
+      {kSplitKBuffers, algorithm.split_k_buffers}};
+  if (algorithm.id >= 0) {
+    ESPARSE_RETURN_IF_ERROR(Set(library, handle_, selection_, kConfigId, algorithm.id));
+  }
+  for (const auto& [attribute, value] : wanted) {
+    if (value != 0) ESPARSE_RETURN_IF_ERROR(Set(library, handle_, selection_, attribute, value));
+  }
+
+  ESPARSE_ASSIGN_OR_RETURN(
+      plan,
+      Make<PlanData>(library.functions().MatmulPlanDestroy, [&](PlanData* data) -> ffi::Error {
+        ESPARSE_CUSPARSELT_CALL(library, MatmulPlanInit, handle_.get(), data, matmul_.get(),
+                                selection_.get());
+        return ffi::Error::Success();
+      }));
+  plan_ = std::move(plan);
+  ESPARSE_CUSPARSELT_CALL(library, MatmulGetWorkspace, handle_.get(), plan_.get(),
+                          &workspace_bytes_);
+  size_t buffer_bytes = 0;
+  ESPARSE_CUSPARSELT_CALL(library, SpMMACompressedSize2, handle_.get(), weight_.get(), &blob_bytes_,
+                          &buffer_bytes);
+  return ffi::Error::Success();
+}
+
+ffi::ErrorOr<Algorithm> Plan::Chosen() const {
+  Algorithm chosen;
+  const std::pair<AlgorithmAttribute, int32_t*> attributes[] = {
+      {kConfigId, &chosen.id},
+      {kSplitK, &chosen.split_k},
+      {kSplitKMode, &chosen.split_k_mode},
+      {kSplitKBuffers, &chosen.split_k_buffers}};
+  for (const auto& [attribute, value] : attributes) {
+    ESPARSE_RETURN_IF_ERROR(Get(*library_, handle_, selection_, attribute, value));
+  }
+  return chosen;
+}
+
+ffi::Error Plan::Run(const void* blob, const void* x, void* y, void* workspace,
+                     Stream stream) const {
+  const float alpha = 1.0f, beta = 0.0f;
+  // C is D: with beta = 0 it is not read.
+  ESPARSE_CUSPARSELT_CALL(*library_, Matmul, handle_.get(), plan_.get(), &alpha, blob, x, &beta, y,
+                          y, workspace_bytes_ == 0 ? nullptr : workspace, &stream, 1);
+  return ffi::Error::Success();
+}
+
+ffi::ErrorOr<Compression> Compression::Create(SharedLibrary library, int64_t out, int64_t channels,
+                                              int type) {
+  Compression compression;
+  compression.library_ = std::move(library);
+  const auto build = [&]() -> ffi::Error {
+    const Library& vendor = *compression.library_;
+    ESPARSE_ASSIGN_OR_RETURN(handle, MakeHandle(vendor));
+    compression.handle_ = std::move(handle);
+    ESPARSE_ASSIGN_OR_RETURN(weight, MakeSparse(vendor, compression.handle_, out, channels, type));
+    compression.weight_ = std::move(weight);
+    ESPARSE_CUSPARSELT_CALL(vendor, SpMMACompressedSize2, compression.handle_.get(),
+                            compression.weight_.get(), &compression.blob_bytes_,
+                            &compression.workspace_bytes_);
+    return ffi::Error::Success();
+  };
+  const ffi::Error error = build();
+  if (error.failure()) {
+    std::ostringstream what;
+    what << "The weight is " << (type == kTypeFloat16 ? "float16" : "bfloat16") << "[" << out
+         << ", " << channels << "].";
+    return Failure{Explain(error, what.str())};
+  }
+  return ffi::ErrorOr<Compression>(std::move(compression));
+}
+
+ffi::Error Compression::Run(const void* dense, void* blob, void* workspace, Stream stream) const {
+  constexpr int kWeightIsA = 1;
+  ESPARSE_CUSPARSELT_CALL(*library_, SpMMACompress2, handle_.get(), weight_.get(), kWeightIsA,
+                          kNonTranspose, dense, blob, workspace_bytes_ == 0 ? nullptr : workspace,
+                          stream);
+  return ffi::Error::Success();
+}
+
+}  // namespace esparse::cusparselt

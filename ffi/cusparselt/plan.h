@@ -1,0 +1,90 @@
+// Shapes -> plan: what cuSPARSELt has to be told once, so that a product is a launch and no more.
+#ifndef ESPARSE_FFI_CUSPARSELT_PLAN_H_
+#define ESPARSE_FFI_CUSPARSELT_PLAN_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "cusparselt/abi.h"
+#include "cusparselt/handles.h"
+#include "cusparselt/library.h"
+#include "status.h"
+
+namespace esparse::cusparselt {
+
+using SharedLibrary = std::shared_ptr<const Library>;
+
+// y[rows][out] = x[rows][channels] * W[out][channels]^T, all row-major, sums in float32.
+struct Problem {
+  int64_t rows, out, channels;
+  int type;  // kTypeFloat16 or kTypeBfloat16
+};
+
+// Which of the library's kernels, and how it shares out the sum over channels. What an attribute
+// may be depends on architecture and version: the library decides, and its refusal is reported.
+struct Algorithm {
+  int32_t id = -1;              // 0 <= id < Plan::algorithms(); -1: the library's own choice
+  int32_t split_k = 0;          // slices of the sum; -1: segment-K; 0: not set
+  int32_t split_k_mode = 0;     // SplitKMode; 0: not set
+  int32_t split_k_buffers = 0;  // 0: not set
+};
+
+// A product on the GPU that is current when the plan is made, with the library's context there and
+// all its descriptors. Move-only. It may be run again and again, by one thread at a time.
+class Plan {
+ public:
+  static ffi::ErrorOr<Plan> Create(SharedLibrary library, const Problem& problem,
+                                   const Algorithm& algorithm);
+
+  size_t blob_bytes() const { return blob_bytes_; }
+  size_t workspace_bytes() const { return workspace_bytes_; }
+  int algorithms() const { return algorithms_; }  // ids are 0 .. algorithms() - 1
+
+  // What the library makes of the algorithm asked for; of its own choice above all.
+  ffi::ErrorOr<Algorithm> Chosen() const;
+
+  // Queues the product. All buffers are on the plan's GPU and aligned to kAlignment bytes; without
+  // workspace_bytes(), `workspace` is not looked at.
+  ffi::Error Run(const void* blob, const void* x, void* y, void* workspace, Stream stream) const;
+
+ private:
+  ffi::Error Build(const Problem& problem, const Algorithm& algorithm);
+
+  SharedLibrary library_;
+  Handle handle_;
+  Matrix weight_, x_, y_;
+  Matmul matmul_;
+  Selection selection_;
+  PlanHandle plan_;
+  size_t blob_bytes_ = 0, workspace_bytes_ = 0;
+  int algorithms_ = 0;
+};
+
+// The library's own compression of a masked dense weight, on the GPU that is current when this is
+// made. Move-only; one thread at a time.
+class Compression {
+ public:
+  static ffi::ErrorOr<Compression> Create(SharedLibrary library, int64_t out, int64_t channels,
+                                          int type);
+
+  size_t blob_bytes() const { return blob_bytes_; }
+  size_t workspace_bytes() const { return workspace_bytes_; }
+
+  // Queues the compression of dense[out][channels].
+  ffi::Error Run(const void* dense, void* blob, void* workspace, Stream stream) const;
+
+ private:
+  SharedLibrary library_;
+  Handle handle_;
+  Matrix weight_;
+  size_t blob_bytes_ = 0, workspace_bytes_ = 0;
+};
+
+// "y[8, 64] = x[8, 128] * W[64, 128]^T in float16", for messages.
+std::string TextOf(const Problem& problem);
+
+}  // namespace esparse::cusparselt
+
+#endif  // ESPARSE_FFI_CUSPARSELT_PLAN_H_

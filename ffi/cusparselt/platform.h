@@ -1,0 +1,30 @@
+// Where a handler runs. The same handlers are compiled for two platforms: for CUDA, and, in a form
+// for tests, for XLA's CPU platform, where a stand-in of the library computes on the host
+// (testing/fake_cusparselt.cc). The stand-in has a soname of its own, so neither form can meet the
+// library of the other: host memory never reaches a GPU's kernels.
+#ifndef ESPARSE_FFI_CUSPARSELT_PLATFORM_H_
+#define ESPARSE_FFI_CUSPARSELT_PLATFORM_H_
+
+#include "cusparselt/library.h"
+#include "status.h"
+
+namespace esparse::cusparselt {
+
+struct OnCuda {
+  static constexpr const char* kLibrary = kSoname;
+
+  // Of the GPU that is current in this thread, as XLA's is while it initializes and executes: 90
+  // for compute capability 9.0. It comes from the driver, which XLA has loaded.
+  static ffi::ErrorOr<int> Architecture(const Library& library);
+};
+
+struct OnHost {
+  static constexpr const char* kLibrary = "libesparse_fake_cusparselt.so.0";
+
+  // What the stand-in says.
+  static ffi::ErrorOr<int> Architecture(const Library& library);
+};
+
+}  // namespace esparse::cusparselt
+
+#endif  // ESPARSE_FFI_CUSPARSELT_PLATFORM_H_

@@ -1,0 +1,38 @@
+// Times one algorithm on one GPU, for the search of the best. The only part of this folder that
+// needs the CUDA runtime.
+#ifndef ESPARSE_FFI_CUSPARSELT_TIMING_H_
+#define ESPARSE_FFI_CUSPARSELT_TIMING_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cusparselt/plan.h"
+#include "status.h"
+
+namespace esparse::cusparselt {
+
+// What the copies of the weight must come to. The caches of the largest GPUs hold some 60 MB (L2 of
+// an H200): a weight that is still there from the launch before would be read from the cache.
+constexpr int64_t kLeastBytes = 300'000'000;
+
+// Memory on the GPU, all of it aligned to kAlignment bytes.
+struct Candidate {
+  Problem problem;
+  Algorithm algorithm;
+  const void* x;
+  const void* blobs;  // `copies` of them, back to back
+  int64_t copies;
+  void* y;
+  void* workspace;
+  size_t workspace_bytes;
+};
+
+// Median time of a launch, in microseconds: `launches` of them, which take the copies in turn, are
+// captured in a CUDA graph on a stream of their own, and the graph is replayed `replays` times
+// after two more. Waits for the GPU.
+ffi::ErrorOr<double> TimeCandidate(SharedLibrary library, int32_t device,
+                                   const Candidate& candidate, int32_t launches, int32_t replays);
+
+}  // namespace esparse::cusparselt
+
+#endif  // ESPARSE_FFI_CUSPARSELT_TIMING_H_

@@ -1,0 +1,25 @@
+"""The stand-in of cuSPARSELt, for the tests that compute through it."""
+
+from pathlib import Path
+
+import fake_cusparselt
+import pytest
+
+from esparse_jax.sparse import _ffi
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory) -> Path:
+    """The stand-in as a shared library of the CPU platform."""
+    if not _ffi.cpu_product_available():
+        pytest.skip("the extension is not built (BUILD.md)")
+    return fake_cusparselt.build(tmp_path_factory.mktemp("host"), fake_cusparselt.HOST_SONAME)
+
+
+@pytest.fixture
+def fake(stand_in, monkeypatch):
+    """The stand-in in use as the library; what executables make of it must go with them."""
+    with fake_cusparselt.used_on_host(stand_in, monkeypatch) as fake:
+        assert fake.alive() == fake_cusparselt.NONE_ALIVE
+        yield fake
+    assert fake.alive() == fake_cusparselt.NONE_ALIVE, "an executable left objects behind"

@@ -1,0 +1,596 @@
+"""The border to cuSPARSELt, on any machine: a stand-in of the library, on XLA's CPU platform."""
+
+import gc
+import re
+import subprocess
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fake_cusparselt
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fake_cusparselt import (
+    HOST_SONAME,
+    NONE_ALIVE,
+    REAL_SONAME,
+    assert_product,
+    random_x,
+    run,
+    weight24,
+)
+
+from esparse_jax.sparse import Algorithm, SplitKMode, _ffi, _ffi_cusparselt, blob24, compress24
+
+if not _ffi.cpu_product_available():
+    pytest.skip("the extension is not built (BUILD.md)", allow_module_level=True)
+
+EXTENSION = _ffi._extension()
+HOPPER = (_ffi_cusparselt.reader(800, 90),)
+ONE_PRODUCT = {"handle": 1, "matrix": 3, "selection": 1, "plan": 1}
+# What needs no question to the library while it is traced.
+PLAIN = Algorithm(workspace_bytes=0)
+
+
+def _product(weight, algorithm=PLAIN, readers=HOPPER):
+    """A jitted product with a weight, which is compressed before the stand-in counts."""
+    data, out = blob24(compress24(weight)).data, weight.shape[0]
+
+    @jax.jit
+    def product(x):
+        return _ffi_cusparselt.matmul(x, data, out=out, readers=readers, algorithm=algorithm)
+
+    return product
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 192), (192, 128)])
+def test_product_for_any_number_of_rows(fake, shape, dtype):
+    weight = weight24(shape, dtype)
+    product = _product(weight)
+    for rows in (1, 3, 8, 17, 65):
+        x = random_x(rows, shape[1], dtype=dtype)
+        y = product(x)
+        assert (y.shape, y.dtype) == ((rows, shape[0]), x.dtype)
+        assert_product(y, x, weight)
+        assert fake.last("rows") == -(-rows // 8) * 8
+        assert fake.last("stream") == 0
+
+
+def test_no_rows_call_nothing(fake):
+    y = _product(weight24((64, 64), "float16"))(jnp.zeros((0, 64), jnp.float16))
+    assert y.shape == (0, 64)
+    assert fake.calls("Init") == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(64, 64), (192, 128), (80, 48)])
+def test_what_the_library_compresses_it_multiplies(fake, shape, dtype):
+    weight = weight24(shape, dtype)
+    data = jax.jit(_ffi_cusparselt.compress)(weight)
+    if shape != (80, 48):
+        np.testing.assert_array_equal(data, blob24(compress24(weight)).data)
+    x = random_x(5, shape[1], dtype=dtype)
+    y = _ffi_cusparselt.matmul(x, data, out=shape[0], readers=HOPPER)
+    assert_product(y, x, weight)
+
+
+def test_an_executable_has_one_plan_and_takes_it_along(fake):
+    product = _product(weight24((64, 128), "float16"))
+    x = random_x(8, 128)
+    compiled = product.lower(x).compile()
+    assert fake.alive() == NONE_ALIVE
+    compiled(x).block_until_ready()
+    assert fake.alive() == ONE_PRODUCT
+    calls = ("Init", "DenseDescriptorInit", "MatmulPlanInit", "MatmulGetWorkspace")
+    before = {call: fake.calls(call) for call in calls}
+    for _ in range(3):
+        compiled(x).block_until_ready()
+    assert {call: fake.calls(call) for call in calls} == before
+    assert fake.calls("Matmul") == 4
+    assert before["MatmulPlanInit"] == 1
+    assert fake.alive() == ONE_PRODUCT
+    del compiled, product
+    jax.clear_caches()
+    gc.collect()
+    assert fake.alive() == NONE_ALIVE
+    assert fake.calls("MatmulPlanDestroy") == 1
+
+
+def test_a_loop_has_one_plan_and_two_calls_have_two(fake):
+    weight = weight24((64, 64), "float16")
+    product = _product(weight)
+    x = random_x(8, 64)
+
+    @jax.jit
+    def loop(x):
+        return jax.lax.fori_loop(0, 5, lambda _, x: product(x), x)
+
+    loop(x).block_until_ready()
+    assert (fake.calls("Matmul"), fake.calls("MatmulPlanInit")) == (5, 1)
+
+    @jax.jit
+    def chain(x):
+        return product(product(x))
+
+    chain(x).block_until_ready()
+    assert (fake.calls("Matmul"), fake.calls("MatmulPlanInit")) == (7, 3)
+
+
+def test_the_workspace_is_asked_for_once_per_product(fake):
+    fake.set("workspace", 1000)
+    product = _product(weight24((64, 64), "float16"), algorithm=None)
+    x = random_x(8, 64)
+    assert "tensor<1000xui8>" in product.lower(x).as_text()
+    assert_product(product(x), x, weight24((64, 64), "float16"))
+    assert fake.calls("MatmulPlanInit") == 2  # to ask, and to run
+
+
+def test_too_small_a_workspace_is_refused(fake):
+    fake.set("workspace", 1000)
+    product = _product(weight24((64, 64), "float16"), Algorithm(workspace_bytes=999))
+    with pytest.raises(
+        jax.errors.JaxRuntimeError,
+        match=r"y\[8, 64\].* needs a workspace of 1000 bytes.*got U8\[999\].*workspace_bytes",
+    ):
+        product(random_x(8, 64)).block_until_ready()
+
+
+def test_the_algorithm_reaches_the_library(fake):
+    weight = weight24((64, 128), "bfloat16")
+    x = random_x(16, 128, dtype="bfloat16")
+    fake.set("architecture", 80)
+    algorithm = Algorithm(id=5, split_k=4, split_k_mode=SplitKMode.TWO_KERNELS, split_k_buffers=2)
+    readers = (*HOPPER, _ffi_cusparselt.reader(800, 80))
+    product = _product(weight, algorithm, readers)
+    assert f"tensor<{4 * 3 * 16 * 64}xui8>" in product.lower(x).as_text()
+    assert_product(product(x), x, weight)
+    names = ("algorithm", "split_k", "split_k_mode", "split_k_buffers")
+    assert [fake.last(name) for name in names] == [5, 4, 2, 2]
+
+
+def test_segment_k_on_hopper(fake):
+    weight, x = weight24((64, 64), "float16"), random_x(8, 64)
+    assert_product(_product(weight, Algorithm(id=0, split_k=-1))(x), x, weight)
+    assert (fake.last("algorithm"), fake.last("split_k")) == (0, -1)
+
+
+def test_without_an_algorithm_the_library_chooses(fake):
+    fake.set("default_algorithm", 6)
+    _product(weight24((64, 64), "float16"))(random_x(8, 64)).block_until_ready()
+    assert fake.last("algorithm") == 6
+    assert fake.calls("MatmulAlgSetAttribute") == 0
+
+
+def test_an_unknown_algorithm_is_refused(fake):
+    product = _product(weight24((64, 64), "float16"), Algorithm(id=8, workspace_bytes=0))
+    with pytest.raises(
+        jax.errors.JaxRuntimeError,
+        match=r"cuSPARSELt 0\.8\.0 has the algorithms 0 to 7 .*search again.*with algorithm 8",
+    ):
+        product(random_x(8, 64)).block_until_ready()
+
+
+def test_what_the_architecture_does_not_offer_is_refused_by_name(fake):
+    product = _product(weight24((64, 64), "float16"), Algorithm(split_k=2, workspace_bytes=0))
+    with pytest.raises(
+        jax.errors.JaxRuntimeError,
+        match=r"cusparseLtMatmulAlgSetAttribute of cuSPARSELt 0\.8\.0 failed: operation not supp"
+        r"orted \(CUSPARSE_STATUS_NOT_SUPPORTED\)\. The product is y\[8, 64\] = x\[8, 64\] \* "
+        r"W\[64, 64\]\^T in float16, with the library's own algorithm, split_k 2",
+    ):
+        product(random_x(8, 64)).block_until_ready()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id": -1}, "id .* a number from 0, or None.*got -1"),
+        ({"split_k": 0}, r"split_k .* -1 \(segment-K\) or from 1.*got 0"),
+        ({"split_k_mode": 7}, "split_k_mode .* SplitKMode.*got 7"),
+        ({"split_k_buffers": 0}, "split_k_buffers .* from 1.*got 0"),
+        ({"workspace_bytes": -1}, "workspace_bytes .*got -1"),
+    ],
+)
+def test_algorithms_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Algorithm(**fields)
+
+
+@pytest.mark.parametrize(
+    ("call", "skip"),
+    [
+        ("Init", 0),
+        ("StructuredDescriptorInit", 0),
+        ("DenseDescriptorInit", 0),
+        ("DenseDescriptorInit", 1),
+        ("MatmulDescriptorInit", 0),
+        ("MatmulAlgSelectionInit", 0),
+        ("MatmulAlgGetAttribute", 0),
+        ("MatmulAlgSetAttribute", 0),
+        ("MatmulPlanInit", 0),
+        ("MatmulGetWorkspace", 0),
+        ("SpMMACompressedSize2", 0),
+        ("Matmul", 0),
+    ],
+)
+def test_a_failing_call_is_named_leaks_nothing_and_may_be_tried_again(fake, call, skip):
+    weight = weight24((64, 64), "float16")
+    product, x = _product(weight, Algorithm(id=1, workspace_bytes=0)), random_x(8, 64)
+    fake.fail(call, skip=skip)
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=rf"cusparseLt{call} of cuSPARSELt 0\.8\.0 failed: opera"
+    ):
+        product(x).block_until_ready()
+    assert fake.alive() == (ONE_PRODUCT if call == "Matmul" else NONE_ALIVE)
+    fake.fail("")
+    assert_product(product(x), x, weight)
+    assert fake.alive() == ONE_PRODUCT
+
+
+@pytest.mark.parametrize(
+    "call", ["Init", "StructuredDescriptorInit", "SpMMACompressedSize2", "SpMMACompress2"]
+)
+def test_a_failing_compression_is_named_and_leaks_nothing(fake, call):
+    weight = weight24((64, 64), "float16")
+    compiled = jax.jit(_ffi_cusparselt.compress).lower(weight).compile()
+    fake.fail(call)
+    message = rf"cusparseLt{call} of cuSPARSELt 0\.8\.0 failed"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        compiled(weight).block_until_ready()
+    assert fake.alive()["matrix"] == (1 if call == "SpMMACompress2" else 0)
+    fake.fail("")
+    np.testing.assert_array_equal(compiled(weight), blob24(compress24(weight)).data)
+
+
+def test_sizes_that_need_a_gpu_say_what_failed(fake):
+    fake.fail("Init", status=1)
+    with pytest.raises(RuntimeError, match=r"cusparseLtInit .*NOT_INITIALIZED.*float16\[64, 64\]"):
+        _ffi_cusparselt.compress(weight24((64, 64), "float16"))
+    with pytest.raises(RuntimeError, match=r"cusparseLtInit .*NOT_INITIALIZED.*y\[16, 64\] = x"):
+        _ffi_cusparselt.describe_plan(rows=9, out=64, channels=64, dtype=np.dtype("float16"))
+
+
+def test_a_plan_is_described(fake):
+    fake.set("workspace", 77)
+    facts = _ffi_cusparselt.describe_plan(
+        rows=9, out=64, channels=128, dtype=np.dtype("float16"), algorithm=Algorithm(id=3)
+    )
+    assert facts.algorithms == 8
+    assert (facts.blob_bytes, facts.workspace_bytes) == (64 * 128 * 9 // 8, 77)
+    assert facts.chosen == Algorithm(
+        id=3, split_k=1, split_k_mode=SplitKMode.ONE_KERNEL, workspace_bytes=77
+    )
+    with pytest.raises(ValueError, match="float16 and bfloat16; got float32"):
+        _ffi_cusparselt.describe_plan(rows=8, out=64, channels=64, dtype=np.dtype("float32"))
+
+
+@pytest.mark.parametrize(("version", "architecture"), [(800, 80), (801, 90)])
+def test_a_blob_is_read_by_its_own_library_alone(fake, version, architecture):
+    readers = (_ffi_cusparselt.reader(version, architecture),)
+    product = _product(weight24((64, 64), "float16"), readers=readers)
+    with pytest.raises(
+        jax.errors.JaxRuntimeError,
+        match=rf"FAILED_PRECONDITION.*in version 0\.8\.{version % 100} on sm_{architecture}; here "
+        r"it is 0\.8\.0 on sm_90, whose layout may be another.*device_blob24",
+    ):
+        product(random_x(8, 64)).block_until_ready()
+    assert fake.calls("Init") == 0
+
+
+def test_threads_make_one_plan_and_take_turns_with_it(fake):
+    weight, x = weight24((192, 192), "float16"), random_x(64, 192)
+    compiled = _product(weight).lower(x).compile()
+    with ThreadPoolExecutor(8) as threads:
+        results = [threads.submit(compiled, x) for _ in range(32)]
+        first = np.asarray(results[0].result())
+        assert_product(results[0].result(), x, weight)
+        for y in results:
+            np.testing.assert_array_equal(np.asarray(y.result()), first)
+    assert fake.calls("Matmul") == 32
+    assert fake.calls("Matmul of a plan in use") == 0
+    assert fake.calls("MatmulPlanInit") == 1
+    assert fake.alive() == ONE_PRODUCT
+
+
+F16, U8, F32 = jnp.float16, jnp.uint8, jnp.float32
+BLOB = ((64 * 64 * 9 // 8,), U8)
+
+
+def _matmul_call(x, blob, y, workspace, **attributes):
+    attributes = {
+        "algorithm": -1,
+        "split_k": 0,
+        "split_k_mode": 0,
+        "split_k_buffers": 0,
+        **attributes,
+    }
+    results = [jax.ShapeDtypeStruct(*y), jax.ShapeDtypeStruct(*workspace)]
+    call = jax.ffi.ffi_call(EXTENSION.CUSPARSELT_MATMUL_HOST, results)
+    arrays = [jnp.zeros(*each) for each in (x, blob)]
+    attributes = {name: np.int32(value) for name, value in attributes.items()}
+    jax.block_until_ready(call(*arrays, readers=np.array(HOPPER, np.int32), **attributes))
+
+
+@pytest.mark.parametrize(
+    ("x", "blob", "y", "workspace", "message"),
+    [
+        (((8,), F16), BLOB, ((8, 64), F16), ((0,), U8), r"matrices.*got x F16\[8\]"),
+        (((8, 64), F16), BLOB, ((8, 64, 1), F16), ((0,), U8), r"got y F16\[8, 64, 1\]"),
+        (((8, 64), F32), BLOB, ((8, 64), F32), ((0,), U8), r"F16 and BF16; got x F32\[8, 64\]"),
+        (((8, 64), F16), BLOB, ((8, 64), F32), ((0,), U8), r"rows and the dtype of x; .*F32\[8,"),
+        (((8, 64), F16), BLOB, ((16, 64), F16), ((0,), U8), r"rows and .*y F16\[16, 64\]"),
+        (((8, 64), F16), ((9, 8), U8), ((8, 64), F16), ((0,), U8), r"blob must be U8\[bytes\]; g"),
+        (
+            ((8, 64), F16),
+            ((4607,), U8),
+            ((8, 64), F16),
+            ((0,), U8),
+            r"64 outputs and 64 channels is a blob U8\[4608\] .*got U8\[4607\]",
+        ),
+        (((8, 64), F16), BLOB, ((8, 64), F16), ((0,), F32), r"workspace must be U8.*F32\[0\]"),
+        (((8, 72), F16), BLOB, ((8, 64), F16), ((0,), U8), r"StructuredDescriptorInit .*NOT_SUPP"),
+        (((9, 64), F16), BLOB, ((9, 64), F16), ((0,), U8), r"DenseDescriptorInit .*NOT_SUPPORTED"),
+    ],
+)
+def test_the_handler_says_what_was_given(fake, x, blob, y, workspace, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        _matmul_call(x, blob, y, workspace)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"algorithm": -2},
+        {"split_k": -2},
+        {"split_k_mode": 7},
+        {"split_k_mode": -1},
+        {"split_k_buffers": -1},
+    ],
+)
+def test_the_handler_checks_its_attributes_before_it_runs(fake, attributes):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"or -1 for the library's own choice"):
+        _matmul_call(((8, 64), F16), BLOB, ((8, 64), F16), ((0,), U8), **attributes)
+
+
+@pytest.mark.parametrize(
+    ("weight", "blob", "workspace", "message"),
+    [
+        (((64,), F16), BLOB, ((48,), U8), r"matrices.*weight F16\[64\]"),
+        (((64, 64), F32), BLOB, ((48,), U8), r"got weight F32\[64, 64\]"),
+        (((64, 64), F16), ((4600,), U8), ((48,), U8), r"F16\[64, 64\] to 4608 bytes .*U8\[4600\]"),
+        (((64, 64), F16), ((4608,), F16), ((48,), U8), r"blob must be U8\[bytes\]"),
+        (((64, 64), F16), BLOB, ((47,), U8), r"compression of F16\[64, 64\] needs .* 48 bytes"),
+    ],
+)
+def test_the_compression_says_what_was_given(fake, weight, blob, workspace, message):
+    results = [jax.ShapeDtypeStruct(*blob), jax.ShapeDtypeStruct(*workspace)]
+    call = jax.ffi.ffi_call(EXTENSION.CUSPARSELT_COMPRESS_HOST, results)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(call(jnp.zeros(*weight)))
+
+
+def test_timing_says_what_it_needs(fake, monkeypatch):
+    blobs = jnp.zeros((2, 4608), jnp.uint8)
+    monkeypatch.setattr(EXTENSION, "HAS_CUSPARSELT_TIMER", False)
+    with pytest.raises(RuntimeError, match="ESPARSE_CUDA=ON"):
+        _ffi_cusparselt.time_candidate(random_x(8, 64), blobs, out=64, algorithm=PLAIN)
+    monkeypatch.setattr(EXTENSION, "HAS_CUSPARSELT_TIMER", True)
+    with pytest.raises(ValueError, match="a multiple of 8 rows; got 9"):
+        _ffi_cusparselt.time_candidate(random_x(9, 64), blobs, out=64, algorithm=PLAIN)
+
+
+def test_all_stages_are_registered_for_cuda():
+    registrations = EXTENSION.registrations()
+    for target in (EXTENSION.CUSPARSELT_MATMUL, EXTENSION.CUSPARSELT_COMPRESS):
+        platform, stages = registrations[target]
+        assert platform == "CUDA"
+        assert set(stages) == {"instantiate", "initialize", "execute"}
+    names = list(EXTENSION.types()) + list(EXTENSION.host_types())
+    assert len(set(names)) == len(names) == 4
+
+
+# ---- in processes of their own
+
+
+LOAD = """
+    from esparse_jax.sparse import _ffi_cusparselt, load_cusparselt
+    print(load_cusparselt(), _ffi_cusparselt.library().path)
+"""
+
+
+@pytest.mark.parametrize("folder", ["cusparselt/lib", "cu12/lib", "cu13/lib"])
+def test_the_library_is_found_in_its_wheel(tmp_path, folder):
+    file = fake_cusparselt.build(tmp_path / "nvidia" / folder, REAL_SONAME)
+    assert run(LOAD, first=tmp_path) == f"0.8.0 {file}"
+
+
+def test_the_later_layout_comes_first(tmp_path):
+    fake_cusparselt.build(tmp_path / "nvidia/cusparselt/lib", REAL_SONAME, "FAKE_VERSION=701")
+    file = fake_cusparselt.build(tmp_path / "nvidia/cu13/lib", REAL_SONAME, "FAKE_VERSION=1000")
+    assert run(LOAD, first=tmp_path) == f"0.10.0 {file}"
+
+
+def test_all_that_was_tried_is_reported_once(tmp_path):
+    old = fake_cusparselt.build(tmp_path / "nvidia/cusparselt/lib", REAL_SONAME, "FAKE_VERSION=701")
+    broken = tmp_path / "nvidia/cu12/lib" / REAL_SONAME
+    broken.parent.mkdir(parents=True)
+    broken.write_text("no library")
+    program = """
+        from esparse_jax.sparse import _ffi_cusparselt
+        print(_ffi_cusparselt.available())
+    """
+    reason = run(program, first=tmp_path)
+    assert reason.count(str(broken)) == reason.count(f"{old} is cuSPARSELt 0.7.1") == 1
+
+
+def test_what_is_loaded_already_is_used(tmp_path):
+    wheel = fake_cusparselt.build(tmp_path / "nvidia/cu13/lib", REAL_SONAME)
+    other = fake_cusparselt.build(tmp_path / "other", REAL_SONAME, "FAKE_VERSION=901")
+    program = f"import ctypes\nctypes.CDLL({str(other)!r})\n" + textwrap.dedent(LOAD)
+    assert wheel.is_file()
+    assert run(program, first=tmp_path) == f"0.9.1 {other}"
+
+
+@pytest.mark.parametrize(
+    ("soname", "define", "expected"),
+    [
+        (
+            REAL_SONAME,
+            "FAKE_VERSION=701",
+            r"0\.7\.1; 0\.8\.0 up to, not including, 1\.0\.0 can be c",
+        ),
+        (
+            REAL_SONAME,
+            "FAKE_VERSION=1000000",
+            r"is cuSPARSELt 1\.0\.0; 0\.8\.0 up to, not including",
+        ),
+        (
+            REAL_SONAME,
+            "FAKE_WITHOUT_COMPRESS",
+            r"\(cuSPARSELt 0\.8\.0\) has no function cusparseLtSpMMACompress2\.",
+        ),
+        ("libother.so", "FAKE_VERSION=800", r"library, but not libcusparseLt\.so\.0\."),
+        ("no library", None, "could not be opened: .*/no library: "),
+        ("nothing", None, "could not be opened: .*/nothing: cannot open shared object file"),
+    ],
+)
+def test_what_cannot_be_opened_says_why(tmp_path, soname, define, expected):
+    file = tmp_path / soname
+    if define is not None:
+        fake_cusparselt.build(tmp_path, soname, define)
+    elif soname == "no library":
+        file.write_text("text")
+    program = """
+        import sys
+        from importlib.util import module_from_spec, spec_from_file_location
+        spec = spec_from_file_location("_esparse_ffi", sys.argv[1])
+        extension = module_from_spec(spec)  # alone: importing the package would take seconds
+        spec.loader.exec_module(extension)
+        try:
+            print(extension.cusparselt_open(sys.argv[2]))
+        except RuntimeError as error:
+            print(error)
+    """
+    message = run(program, EXTENSION.__file__, str(file))
+    assert str(file) in message
+    assert re.search(expected, message)
+
+
+def test_without_the_library_the_way_to_get_it_is_named(monkeypatch):
+    reason = "cuSPARSELt could not be opened: it is not there."
+    monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: reason)
+    assert _ffi_cusparselt.available() == reason
+    assert _ffi_cusparselt.library() is None
+    for call in (
+        _ffi_cusparselt.load_cusparselt,
+        lambda: _ffi_cusparselt.compress(weight24((64, 64), "float16")),
+    ):
+        with pytest.raises(RuntimeError, match=r"not there\. .*pip install nvidia-cusparselt-cu13"):
+            call()
+
+
+def test_without_the_extension_that_is_the_reason(monkeypatch):
+    monkeypatch.setattr(_ffi, "_extension", lambda: None)
+    assert (
+        "extension esparse_jax.sparse._esparse_ffi is missing"
+        in _ffi_cusparselt._find.__wrapped__()
+    )
+
+
+def test_a_computation_without_its_library_says_what_to_call():
+    program = """
+        import jax, jax.numpy as jnp, numpy as np
+        from pathlib import Path
+        from esparse_jax.sparse import _ffi
+        extension = _ffi._extension()
+        jax.devices("cpu")
+        for name, (platform, registration) in extension.host_types().items():
+            jax.ffi.register_ffi_type(name, registration, platform=platform)
+        for name, (platform, stages) in extension.host_registrations().items():
+            jax.ffi.register_ffi_target(name, stages, platform=platform)
+        shapes = [jax.ShapeDtypeStruct((4608,), jnp.uint8), jax.ShapeDtypeStruct((48,), jnp.uint8)]
+        try:
+            jax.ffi.ffi_call(extension.CUSPARSELT_COMPRESS_HOST, shapes)(jnp.zeros((64, 64)))
+        except jax.errors.JaxRuntimeError as error:
+            print(error)
+    """
+    message = rf"{HOST_SONAME} is not loaded in this process\. Call .*load_cusparselt\(\) first"
+    assert re.search(message, run(program))
+
+
+def test_devices_have_plans_of_their_own_and_loops_carry_what_varies(stand_in):
+    """On two CPU devices, which a process must ask for before it has any."""
+    program = """
+        import gc, sys
+        from pathlib import Path
+        import jax, jax.numpy as jnp, numpy as np, pytest
+        from jax.sharding import PartitionSpec as P
+        import fake_cusparselt as stand_in
+        from esparse_jax.sparse import Algorithm, _ffi_cusparselt, blob24, compress24
+
+        assert jax.device_count() == 2
+        mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+        weights = [stand_in.weight24((64, 64), "float16", seed) for seed in (0, 1)]
+        data = jnp.stack([blob24(compress24(weight)).data for weight in weights])
+        x = stand_in.random_x(6, 64)
+
+        def product(x, data):
+            return _ffi_cusparselt.matmul(
+                x, data[0], out=64, readers=(800090,), algorithm=Algorithm(workspace_bytes=0)
+            )
+
+        def scanned(x, data):
+            def step(carry, _):
+                return carry + product(x, data), None
+            return jax.lax.scan(step, jnp.zeros_like(product(x, data)), None, length=2)[0]
+
+        def repeated(x, data):
+            start = jnp.zeros_like(product(x, data))
+            return jax.lax.while_loop(
+                lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] + product(x, data)), (0, start)
+            )[1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            with stand_in.used_on_host(Path(sys.argv[1]), patch) as fake:
+                for function, times in ((product, 1), (scanned, 2), (repeated, 2)):
+                    sharded = jax.shard_map(
+                        function, mesh=mesh, in_specs=(P(), P("model")), out_specs=P(None, "model")
+                    )
+                    y = np.asarray(jax.jit(sharded)(x, data), np.float32)
+                    want = np.concatenate([np.asarray(x @ w.T, np.float32) for w in weights], 1)
+                    np.testing.assert_allclose(y, times * want, rtol=2e-2, atol=2e-2)
+                    if function is product:
+                        assert fake.alive()["handle"] == fake.alive()["plan"] == 2
+                        assert fake.calls("Matmul") == 2
+                        del y
+            assert set(fake.alive().values()) == {0}
+        print("passed")
+    """
+    flags = "--xla_force_host_platform_device_count=2"
+    assert run(program, str(stand_in), XLA_FLAGS=flags) == "passed"
+
+
+# ---- against NVIDIA's own header
+
+
+def test_the_declarations_are_those_of_the_header(tmp_path):
+    """Where the library's wheel and a CUDA toolkit are installed; neither is needed to build."""
+    headers = [file.parents[1] / "include" for file in _ffi_cusparselt._wheel_files()]
+    headers = [folder for folder in headers if (folder / "cusparseLt.h").is_file()]
+    if not headers:
+        pytest.skip("the wheel of cuSPARSELt, which brings its header, is not installed")
+    source = fake_cusparselt.SOURCE.with_name("abi_check.cc")
+    found = [Path("/usr/local/cuda/include"), *headers[0].parents[0].glob("**/include")]
+    found += [folder.parents[1] / "cuda_runtime" / "include" for folder in headers]
+    toolkit = [folder for folder in found if (folder / "driver_types.h").is_file()]
+    if not toolkit:
+        pytest.skip("the header of cuSPARSELt includes those of the CUDA toolkit: there is none")
+    includes = [f"-I{folder}" for folder in (fake_cusparselt.FFI, headers[0], *toolkit)]
+    command = [fake_cusparselt.compiler(), "-std=c++17", "-fsyntax-only", *includes, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if "cusparse.h: No such file" in done.stderr:
+        pytest.skip("up to 0.9.1 the header includes cusparse.h, which is not installed")
+    assert done.returncode == 0, done.stderr
