@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esparse_jax.sparse import _ffi, _ffi_cusparselt
+from esparse_jax.sparse import _ffi, _ffi_cusparselt, blob
 
 FFI = Path(__file__).parents[1] / "ffi"
 SOURCE = FFI / "cusparselt" / "testing" / "fake_cusparselt.cc"
@@ -85,7 +85,11 @@ def used_on_host(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     """
     opened, fake = open_on_host(file), Fake(file)
     monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: opened)
-    for cached in (_ffi_cusparselt._workspace_bytes, _ffi_cusparselt._compressed_bytes):
+    for cached in (
+        _ffi_cusparselt._workspace_bytes,
+        _ffi_cusparselt._compressed_bytes,
+        blob._compare_layouts,
+    ):
         cached.cache_clear()
     fake.reset()
     with jax.default_device(jax.devices("cpu")[0]):

@@ -1,7 +1,15 @@
 """The 2:4 weight and its product."""
 
 from ._ffi_cusparselt import Algorithm, SplitKMode, load_cusparselt
-from .blob import Blob24, blob24, compressed24_of, interleave_gate_up
+from .blob import (
+    Blob24,
+    LibraryBlob24,
+    blob24,
+    compressed24_of,
+    device_blob24,
+    interleave_gate_up,
+    library_blob_agrees,
+)
 from .compress import Compressed24, check24, compress24, decompress24
 from .fused import (
     fused_matmul,
@@ -15,15 +23,18 @@ __all__ = [
     "Algorithm",
     "Blob24",
     "Compressed24",
+    "LibraryBlob24",
     "SplitKMode",
     "blob24",
     "check24",
     "compress24",
     "compressed24_of",
     "decompress24",
+    "device_blob24",
     "fused_matmul",
     "fused_matmul_reference",
     "interleave_gate_up",
+    "library_blob_agrees",
     "load_cusparselt",
     "sparse_matmul",
     "sparse_matmul_reference",

@@ -4,9 +4,17 @@ It is the format cuSPARSELt itself uses on Hopper (sm_90) for 16-bit weights who
 multiples of 64, so one resident copy serves our decode kernel and that library. It is made from the
 portable form at load time by moving bytes on the device, and never stored on disk: the library does
 not document it.
+
+So it is not taken on trust either. `library_blob_agrees` compares it with what the library itself
+makes of a probe, on the GPU and the version at hand, before the library is given any. Where the two
+differ, and for sizes that only the library takes, `device_blob24` lets the library compress: those
+bytes are a `LibraryBlob24`, a class of its own that nothing but that library accepts.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
+import logging
 from typing import Any
 
 import jax
@@ -14,10 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from .compress import Compressed24
+from . import _ffi_cusparselt
+from .compress import Compressed24, compress24, decompress24
+
+_LOGGER = logging.getLogger(__name__)
 
 UNIT = 64  # divides out and channels; other sizes are padded by cuSPARSELt, in a way not known here
 BLOB_DTYPES = ("float16", "bfloat16")
+# Where the layout was read out (see `Blob24`): version and architecture of cuSPARSELt. A
+# computation that is lowered where no GPU can be asked may run on these.
+_KNOWN_READERS = ((800, 90),)
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +75,32 @@ class Blob24:
     def nbytes(self) -> int:
         """Bytes on the device: 9/16 of the dense weight."""
         return blob_bytes(self.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LibraryBlob24:
+    """A 2:4 weight `(out, channel)` of 16-bit values as cuSPARSELt itself compressed it.
+
+    The layout is the library's own, for one version on one architecture; on any other it is refused
+    when the computation starts. Nothing else reads it: not the decode kernel, not plain JAX.
+
+    Attributes:
+        data: `uint8[bytes]`.
+        shape: `(out, channel)` of the dense weight, static.
+        dtype: float16 or bfloat16, static.
+        made_by: The version (800 for 0.8.0) and the architecture (90 for sm_90), static.
+    """
+
+    data: Any
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    made_by: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.data.nbytes
 
 
 def blob_bytes(shape: tuple[int, int]) -> int:
@@ -127,6 +167,116 @@ def _unpack(data: UInt8[Array, " blob_byte"], shape: tuple[int, int], dtype: Any
 
 
 _unpack = jax.jit(_unpack, static_argnums=(1, 2))
+
+
+def device_blob24(compressed: Compressed24) -> Blob24 | LibraryBlob24:
+    """The device form that the kernels on this machine's GPU can read; for loading a model.
+
+    A `Blob24` for sizes that are multiples of 64, unless cuSPARSELt is there and has another layout
+    on this GPU (`library_blob_agrees`). Then, and for other multiples of 16, the library compresses
+    the weight, from its dense form, which takes the memory of one for the moment.
+
+    Raises:
+        ValueError: `out` or `channel` is no multiple of 16, or it is none of 64 and the library is
+            not there.
+        TypeError: The weight is neither float16 nor bfloat16.
+        RuntimeError: The library refuses the weight.
+    """
+    out, kept = compressed.values.shape
+    shape, dtype = (out, 2 * kept), np.dtype(compressed.dtype)
+    reason = why_no_blob(shape, dtype)
+    opened, gpu = _ffi_cusparselt.library(), _ffi_cusparselt.device()
+    here = opened is not None and gpu is not None
+    if reason is None and not (here and _library_layout_is_blob24() is False):
+        return blob24(compressed)
+    if dtype.name not in BLOB_DTYPES:
+        return blob24(compressed)  # which says what is wrong
+    refused = _ffi_cusparselt.why_not(shape, dtype)
+    if refused is not None:
+        raise ValueError(
+            f"the weight has no device form: {refused}, which cuSPARSELt asks for. Leave such a "
+            f"layer dense, pad it with zeros, or keep it as Compressed24, which takes every shape."
+        )
+    if not here:
+        missing = _ffi_cusparselt.available() or "JAX sees no NVIDIA GPU"
+        raise ValueError(
+            f"the weight has no device form: {reason}. cuSPARSELt would take it, but {missing}"
+            f"{'' if missing.endswith('.') else '.'} Leave such a layer dense, pad it with zeros, "
+            f"or keep it as Compressed24."
+        )
+    data = jax.lax.platform_dependent(
+        decompress24(compressed), **{opened.platform: _ffi_cusparselt.compress}
+    )
+    return LibraryBlob24(data, shape, dtype, (opened.version, _ffi_cusparselt.architecture(gpu)))
+
+
+def library_blob_agrees() -> bool:
+    """Whether cuSPARSELt on this machine's GPU reads and writes the layout of `Blob24`.
+
+    Asked once per version and architecture: the library compresses a probe weight of each dtype,
+    and the bytes are compared. False as well where there is no library or no GPU.
+    """
+    return _library_layout_is_blob24() is True
+
+
+def blob24_readers() -> tuple[int, ...]:
+    """Which cuSPARSELt a computation that is traced here may hand a `Blob24`.
+
+    The one on this machine's GPU, if it agrees; on a machine without a GPU, those where the layout
+    is known. Numbers as in `_ffi_cusparselt.reader`.
+    """
+    gpu = _ffi_cusparselt.device()
+    if gpu is None:
+        return tuple(_ffi_cusparselt.reader(*known) for known in _KNOWN_READERS)
+    opened = _ffi_cusparselt.library()
+    if opened is None or not library_blob_agrees():
+        return ()
+    return (_ffi_cusparselt.reader(opened.version, _ffi_cusparselt.architecture(gpu)),)
+
+
+def _library_layout_is_blob24() -> bool | None:
+    """None where it cannot be found out."""
+    opened, gpu = _ffi_cusparselt.library(), _ffi_cusparselt.device()
+    if opened is None or gpu is None:
+        return None
+    return _compare_layouts(opened, gpu, _ffi_cusparselt.architecture(gpu))
+
+
+@functools.cache
+def _compare_layouts(
+    opened: _ffi_cusparselt.Library, gpu: jax.Device, architecture: int
+) -> bool | None:
+    where = f"cuSPARSELt {opened.version_name} on sm_{architecture}"
+
+    def agrees(dtype: str) -> bool:
+        weight = jax.device_put(_probe(dtype), gpu)
+        ours = blob24(compress24(weight)).data
+        theirs = jax.jit(_ffi_cusparselt.compress)(weight)
+        return np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+    # In a thread of its own, so that it computes here and now, even where the caller is traced.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        try:
+            same = all(thread.map(agrees, BLOB_DTYPES))
+        except RuntimeError as error:
+            _LOGGER.warning("%s could not compress a probe and is not used: %s", where, error)
+            return None
+    if not same:
+        _LOGGER.warning(
+            "%s lays 2:4 weights out in a way of its own: device_blob24 lets it compress them, and "
+            "the decode kernel is not used with those.",
+            where,
+        )
+    return same
+
+
+def _probe(dtype: str) -> np.ndarray:
+    """A weight of several tiles each way in which every group keeps two values."""
+    random = np.random.default_rng(24)
+    out, channels = 3 * UNIT, 2 * UNIT
+    kept = random.permuted(np.tile([True, True, False, False], (out, channels // 4, 1)), axis=2)
+    values = random.uniform(1, 2, (out, channels)).astype(jnp.dtype(dtype))
+    return np.where(kept.reshape(out, channels), values, np.zeros((), values.dtype))
 
 
 def interleave_gate_up(gate: Compressed24, up: Compressed24) -> Compressed24:

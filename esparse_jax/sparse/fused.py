@@ -148,6 +148,7 @@ def sparse_mlp_reference(
 
 def _require_mlp(x: Array, gate_up: Blob24, down: Blob24) -> int:
     """Checks an MLP's operands; returns its inner width."""
+    _require_blob24(gate_up, down)
     inner = gate_up.shape[0] // 2
     if down.shape != (x.shape[1], inner):
         raise ValueError(
@@ -160,9 +161,19 @@ def _require_mlp(x: Array, gate_up: Blob24, down: Blob24) -> int:
     return inner
 
 
+def _require_blob24(*blobs: Blob24) -> None:
+    for blob in blobs:
+        if not isinstance(blob, Blob24):
+            raise TypeError(
+                f"the fused products read a Blob24; got {type(blob).__name__}, whose layout only "
+                f"cuSPARSELt knows. Use sparse_matmul, and the steps around it in plain JAX."
+            )
+
+
 def _require(
     x: Array, blob: Blob24, residual: Array | None, permutation: Array | None, swiglu: bool
 ) -> None:
+    _require_blob24(blob)
     out, channels = blob.shape
     if x.shape[1] != channels:
         raise ValueError(

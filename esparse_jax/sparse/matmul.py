@@ -3,27 +3,29 @@
 import functools
 import logging
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from . import _ffi, _ffi_cuda
-from .blob import Blob24, blob_bytes, compressed24_of
+from . import _ffi, _ffi_cuda, _ffi_cusparselt
+from ._ffi_cusparselt import Algorithm
+from .blob import Blob24, LibraryBlob24, blob24_readers, blob_bytes, compressed24_of
 from .compress import Compressed24, decompress24
 
-Backend = Literal["reference", "cpu", "decode"]
-BACKENDS = ("reference", "cpu", "decode")
+Backend = Literal["reference", "cpu", "decode", "cusparselt"]
+BACKENDS = ("reference", "cpu", "decode", "cusparselt")
 _LOGGER = logging.getLogger(__name__)
 
 
 def sparse_matmul(
     x: Float[Array, "*batch channel"],
-    compressed: Compressed24 | Blob24,
+    compressed: Compressed24 | Blob24 | LibraryBlob24,
     *,
     backend: Backend | None = None,
+    algorithm: Algorithm | None = None,
 ) -> Float[Array, "*batch out"]:
     """`x @ weight.T` for a 2:4 weight, from its compressed form.
 
@@ -38,9 +40,11 @@ def sparse_matmul(
     dense weight, expanded for the call. float64 is always plain JAX. If the extension was not
     built, one line is logged and plain JAX is used.
 
-    On NVIDIA GPUs a weight made by `blob24` is multiplied by our decode kernel for up to 16 rows.
-    More rows, and a weight left as `Compressed24`, take the plain-JAX path there, which unpacks the
-    weight at every call; one line is logged.
+    On NVIDIA GPUs a weight in its device form is multiplied by our decode kernel for up to 16 rows,
+    and for more by cuSPARSELt, where that library is installed and reads the form (see
+    `library_blob_agrees`). Where it is not, and for a weight left as `Compressed24`, plain JAX
+    unpacks the weight at every call; one line is logged. A weight that the library compressed
+    (`LibraryBlob24`) is multiplied by it alone, with any number of rows.
 
     Differentiable in `x` and in the kept values (not in a blob, which is bytes), through the dense
     weight: its transpose is not 2:4 along the axis that is summed there, so the backward pass is a
@@ -48,36 +52,52 @@ def sparse_matmul(
 
     Args:
         x: Activations in the order of channels the weight was compressed in, in its dtype.
-        compressed: From `compress24`, or its device form from `blob24`.
-        backend: None chooses as above. "reference", "cpu" or "decode" takes that one, or raises; a
-            computation with "cpu" or "decode" (NVIDIA GPUs, a blob, 1 to 16 rows) cannot be lowered
-            for another platform.
+        compressed: From `compress24`, or its device form from `device_blob24` or `blob24`.
+        backend: None chooses as above. "reference", "cpu", "decode" or "cusparselt" takes that one,
+            or raises; a computation with "cpu", "decode" (NVIDIA GPUs, a blob, 1 to 16 rows) or
+            "cusparselt" (NVIDIA GPUs, a device form) cannot be lowered for another platform.
+        algorithm: Which of cuSPARSELt's algorithms is to be used, where it multiplies. None is the
+            library's own choice.
 
     Returns:
         `[..., out]` in the dtype of `x`.
 
     Raises:
-        ValueError: `x` has another number of channels than the weight, or an unknown backend.
-        TypeError: `x` and the weight have different dtypes.
-        RuntimeError: backend="cpu" without the extension, "decode" without its CUDA part.
+        ValueError: `x` has another number of channels than the weight, or an unknown backend, or
+            an algorithm for a backend that has none.
+        TypeError: `x` and the weight have different dtypes, or the backend reads another form of
+            the weight.
+        RuntimeError: backend="cpu" without the extension, "decode" without its CUDA part,
+            "cusparselt" without the library, or where it does not read the weight or refuses the
+            product.
 
     Source: E-Sparse, section 4 (the product of x with the pruned weight by sparse units).
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}; got {backend!r}.")
-    if isinstance(compressed, Blob24):
-        _require_matching_blob(x, compressed)
+    if algorithm is not None and backend not in (None, "cusparselt"):
+        raise ValueError(
+            f'an algorithm is cuSPARSELt\'s, backend="cusparselt" or None; got backend={backend!r}.'
+        )
+    if isinstance(compressed, Blob24 | LibraryBlob24):
+        _require_matching_blob(x, compressed, backend)
         batch = x.shape[:-1]
         y = _blob_matmul(
             x.reshape(math.prod(batch), x.shape[-1]),
             compressed.data,
-            (compressed.shape, compressed.dtype, backend),
+            _Choice(
+                compressed.shape,
+                compressed.dtype,
+                getattr(compressed, "made_by", None),
+                backend,
+                algorithm,
+            ),
         )
         return y.reshape(*batch, compressed.shape[0])
-    if backend == "decode":
+    if backend in ("decode", "cusparselt"):
         raise TypeError(
-            'backend="decode" multiplies the device form of a weight; got a Compressed24. Convert '
-            "it once, when the model is loaded: blob24(compressed)."
+            f"backend={backend!r} multiplies the device form of a weight; got a Compressed24. "
+            f"Convert it once, when the model is loaded: device_blob24(compressed)."
         )
     if backend is None and jax.default_backend() == "gpu":
         _log_once("a weight that is not in its device form (blob24) is unpacked at every call")
@@ -174,13 +194,30 @@ def _batchable(backend: Backend | None):
     return product
 
 
-def _require_matching_blob(x: Array, blob: Blob24) -> None:
+class _Choice(NamedTuple):
+    """What is static about the product with a device form."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    made_by: tuple[int, int] | None  # of a LibraryBlob24, which this tells from a Blob24
+    backend: Backend | None
+    algorithm: Algorithm | None
+
+
+def _require_matching_blob(x: Array, blob: Blob24 | LibraryBlob24, backend: Backend | None) -> None:
+    if isinstance(blob, LibraryBlob24) and backend not in (None, "cusparselt"):
+        raise TypeError(
+            f"a LibraryBlob24 is read by cuSPARSELt alone; got backend={backend!r}. Use "
+            f'backend="cusparselt" or None, or keep the weight as Compressed24.'
+        )
     if x.ndim < 1 or x.shape[-1] != blob.shape[1]:
         raise ValueError(
             f"x must end in the weight's {blob.shape[1]} input channels; got shape "
             f"{tuple(x.shape)} for a blob of dense shape {blob.shape}."
         )
-    if blob.data.shape != (blob_bytes(blob.shape),) or blob.data.dtype != jnp.uint8:
+    if isinstance(blob, Blob24) and (
+        blob.data.shape != (blob_bytes(blob.shape),) or blob.data.dtype != jnp.uint8
+    ):
         raise ValueError(
             f"a weight of shape {blob.shape} is a blob of uint8[{blob_bytes(blob.shape)}]; got "
             f"{blob.data.dtype}{list(blob.data.shape)}. Build it with blob24."
@@ -195,7 +232,7 @@ def _require_matching_blob(x: Array, blob: Blob24) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 @functools.partial(jax.jit, static_argnums=2)
 def _blob_matmul(
-    x: Float[Array, "row channel"], data: UInt8[Array, " blob_byte"], choice: tuple
+    x: Float[Array, "row channel"], data: UInt8[Array, " blob_byte"], choice: _Choice
 ) -> Float[Array, "row out"]:
     return _batchable_blob(choice)(x, data)
 
@@ -205,18 +242,23 @@ def _blob_matmul_forward(x, data, choice):
 
 
 def _blob_matmul_backward(choice, data, gradient):
-    shape, dtype, _ = choice
-    dense = decompress24(compressed24_of(Blob24(data, shape, dtype)))
-    return _dot(gradient, dense, contract=(1, 0)), np.zeros(data.shape, jax.dtypes.float0)
+    if choice.made_by is None:
+        dense = decompress24(compressed24_of(Blob24(data, choice.shape, choice.dtype)))
+        back = _dot(gradient, dense, contract=(1, 0))
+    else:  # only the library can tell what the weight is: its product with the identity
+        identity = jnp.eye(choice.shape[1], dtype=choice.dtype)
+        product = _batchable_blob(choice._replace(algorithm=None))
+        back = _dot(gradient, product(identity, data), contract=(1, 1))
+    return back, np.zeros(data.shape, jax.dtypes.float0)
 
 
 _blob_matmul.defvjp(_blob_matmul_forward, _blob_matmul_backward)
 
 
 @functools.cache
-def _batchable_blob(choice: tuple):
-    """The product from a blob, with vmap taken care of as in `_batchable`."""
-    shape, dtype, backend = choice
+def _batchable_blob(choice: _Choice):
+    """The product from a device form, with vmap taken care of as in `_batchable`."""
+    shape, dtype, made_by, backend, algorithm = choice
 
     def unpacked(x, data):
         compressed = compressed24_of(Blob24(data, shape, dtype))
@@ -226,12 +268,34 @@ def _batchable_blob(choice: tuple):
     def decode(x, data):
         return _ffi_cuda.decode(x, data, out=shape[0])
 
+    def library(x, data, readers, **default):
+        """By cuSPARSELt on its platform, and where it is lowered for another, by the default."""
+
+        def call(x, data):
+            return _ffi_cusparselt.matmul(
+                x, data, out=shape[0], readers=readers, algorithm=algorithm
+            )
+
+        opened = _ffi_cusparselt.library()
+        platform = "cuda" if opened is None else opened.platform
+        return jax.lax.platform_dependent(x, data, **{platform: call}, **default)
+
     @jax.custom_batching.custom_vmap
     def product(x, data):
+        rows = x.shape[0]
+        if made_by is not None:
+            return library(x, data, (_ffi_cusparselt.reader(*made_by),))
         if backend == "decode":
             return jax.lax.platform_dependent(x, data, cuda=decode)
-        if backend is None and decode_fits(x.shape[0]):
+        if backend == "cusparselt":
+            return library(x, data, _require_readers())
+        if backend is None and _decode_takes(rows):
             return jax.lax.platform_dependent(x, data, cuda=decode, default=unpacked)
+        if backend is None and rows > 0:
+            readers = blob24_readers() if _ffi_cusparselt.library() else ()
+            if readers:
+                return library(x, data, readers, default=unpacked)
+            _log_unpacked(rows)
         return unpacked(x, data)
 
     @product.def_vmap
@@ -251,7 +315,7 @@ def _batchable_blob(choice: tuple):
 
 def decode_fits(rows: int) -> bool:
     """Whether the decode kernel takes this number of rows; on a GPU a no is logged."""
-    if 1 <= rows <= _ffi_cuda.MAX_ROWS and _ffi_cuda.decode_available():
+    if _decode_takes(rows):
         return True
     if jax.default_backend() == "gpu" and rows > 0:
         if rows > _ffi_cuda.MAX_ROWS:
@@ -265,6 +329,38 @@ def decode_fits(rows: int) -> bool:
                 "unpacked at every call"
             )
     return False
+
+
+def _decode_takes(rows: int) -> bool:
+    return 1 <= rows <= _ffi_cuda.MAX_ROWS and _ffi_cuda.decode_available()
+
+
+def _require_readers() -> tuple[int, ...]:
+    """Which cuSPARSELt may read a `Blob24` in this computation, or an error."""
+    readers = blob24_readers()
+    if readers or _ffi_cusparselt.library() is None:  # then its own error is the better one
+        return readers
+    raise RuntimeError(
+        "cuSPARSELt on this GPU does not read a Blob24: its layout is another, or it could not be "
+        "asked (one line was logged, which says which). Make the weight with "
+        "device_blob24(compressed)."
+    )
+
+
+def _log_unpacked(rows: int) -> None:
+    """On a GPU, says why a blob is unpacked for this number of rows."""
+    if jax.default_backend() != "gpu":
+        return
+    reason = _ffi_cusparselt.available() or "it does not read the weight on this GPU"
+    few = (
+        f"the decode kernel takes up to {_ffi_cuda.MAX_ROWS} rows"
+        if rows > _ffi_cuda.MAX_ROWS
+        else "the extension was built without its CUDA part (BUILD.md)"
+    )
+    _log_once(
+        f"{few}, and cuSPARSELt, which takes any number, is not used ({reason}), so the weight is "
+        f"unpacked at every call"
+    )
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import pytest
 from esparse_jax.sparse import (
     Blob24,
     _ffi_cuda,
+    _ffi_cusparselt,
     blob24,
     compress24,
     compressed24_of,
@@ -61,8 +62,17 @@ def test_few_rows_lower_to_the_decode_kernel(rows, dtype):
     assert "dot_general" not in text
 
 
+@pytest.fixture
+def no_library(monkeypatch):
+    """As if cuSPARSELt, which takes more rows than the kernel, were not installed."""
+    monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: "it is not installed.")
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @needs_build
-def test_many_rows_lower_to_plain_jax():
+def test_many_rows_lower_to_plain_jax(no_library):
     text = _lowered_for_cuda(sparse_matmul, _x(17, 64), _blob((64, 64)))
     assert DECODE not in text
     assert "dot_general" in text
@@ -135,7 +145,7 @@ def test_the_kernel_logs_nothing(slow_paths):
 @pytest.mark.parametrize(
     ("rows", "form", "line"), [(17, blob24, "up to 16 rows"), (1, lambda c: c, "device form")]
 )
-def test_a_slow_path_on_the_gpu_is_logged_once(slow_paths, rows, form, line):
+def test_a_slow_path_on_the_gpu_is_logged_once(no_library, slow_paths, rows, form, line):
     weight = form(compressed24_of(_blob((64, 192))))
     for more in (0, 1):
         jax.eval_shape(sparse_matmul, _x(rows + more, 192), weight)
