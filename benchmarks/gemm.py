@@ -5,9 +5,10 @@
 
 Every figure is the time of a whole product, row-major x to row-major y, inside one jitted chain of
 products over different weights (at least 300 MB of them, so that none waits in a cache), the calls
-queued, the median over batches. XLA runs the products one after the other.
+queued, the median over batches. The products run one after the other.
 
-- `decode`: `sparse_matmul` on the device form of the weight, dispatch included.
+- `decode`: the decode kernel on the device form of the weight, the weights being arguments of the
+  jit and said to be so (`prefetch`); `careful`: the same without `prefetch`.
 - `xla`: `lax.dot_general` with the dense weight [out, channel], autotuned by XLA.
 - `torch`: `torch.mm` by cuBLAS and cuBLASLt, x first and weight first, the fastest of the four, in
   a CUDA graph; left out where torch is not installed.
@@ -21,13 +22,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import tyro
 
-from esparse_jax.sparse import Blob24, blob24, compress24, sparse_matmul
+from esparse_jax.sparse import Blob24, blob24, compress24, fused_matmul, sparse_matmul
 
 try:
     import torch
@@ -52,7 +54,7 @@ class Options:
     rotate_mb: int = 300
     """Bytes of weights a chain walks through before it meets one again, in MB."""
     turns: int = 8
-    """How often a jitted loop runs the chain."""
+    """How often the chain runs in a batch."""
     batches: int = 7
     dense: bool = True
     """Also time the dense products."""
@@ -69,6 +71,7 @@ class Row:
     rows: int
     dtype: str
     decode: float
+    careful: float
     bound: float
     error: float
     dense: dict[str, float] = field(default_factory=dict)
@@ -82,15 +85,18 @@ class Row:
         dense = " ".join(f"{self.dense.get(name, math.nan):8.2f}" for name in ("xla", "torch"))
         return (
             f"{self.out:6d} x {self.channels:5d} {self.rows:3d} {self.dtype:8s} {dense} "
-            f"{self.decode:8.2f} {self.bound:7.2f} {self.best_dense / self.decode:6.2f} "
+            f"{self.decode:8.2f} {self.careful:8.2f} {self.bound:7.2f} "
+            f"{self.best_dense / self.decode:6.2f} "
             f"{self.bound / self.decode:6.2f}  {self.error:.1e}"
         )
 
 
-HEADER = "   out x chan. row dtype         xla    torch   decode   bound  ratio  share  error"
+HEADER = (
+    "   out x chan. row dtype         xla    torch   decode  careful   bound  ratio  share  error"
+)
 
 
-def _pruned(key: jax.Array, out: int, channels: int, dtype: str) -> jax.Array:
+def random_24(key: jax.Array, out: int, channels: int, dtype: str) -> jax.Array:
     """A random 2:4 weight."""
     values, places = jax.random.split(key)
     weight = jax.random.normal(values, (out, channels), jnp.float32) / math.sqrt(channels / 2)
@@ -99,7 +105,7 @@ def _pruned(key: jax.Array, out: int, channels: int, dtype: str) -> jax.Array:
     return jnp.where(mask, weight, 0).astype(dtype)
 
 
-_pruned = jax.jit(_pruned, static_argnums=(1, 2, 3))
+random_24 = jax.jit(random_24, static_argnums=(1, 2, 3))
 
 
 def _dense(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -127,8 +133,8 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / _seconds(lambda: copy(source), repeats=4, batches=7)
 
 
-def chain_time(product: Callable, xs: list, weights: list, options: Options) -> float:
-    """Microseconds per product of a chain over the weights, run in one jitted loop."""
+def dense_time(xs: list, weights: list, options: Options) -> float:
+    """Microseconds per dense product of a chain over the weights, run in one jitted loop."""
 
     def chain(xs, weights):
         def once(turn, before):
@@ -136,17 +142,42 @@ def chain_time(product: Callable, xs: list, weights: list, options: Options) -> 
             for i, x in enumerate(xs):
                 # Not before the last one, nor outside the loop, nor merged with a neighbour.
                 x, last = jax.lax.optimization_barrier((x, last))
-                last = product(x, weights[i % len(weights)])
+                last = _dense(x, weights[i % len(weights)])
                 results.append(last)
             return results
 
-        start = jax.eval_shape(lambda xs, w: [product(x, w) for x in xs], xs, weights[0])
+        start = jax.eval_shape(lambda xs, w: [_dense(x, w) for x in xs], xs, weights[0])
         start = [jnp.zeros(y.shape, y.dtype) for y in start]
         return jax.lax.fori_loop(0, options.turns, once, start)
 
     compiled = jax.jit(chain, compiler_options=SERIAL)
     seconds = _seconds(lambda: compiled(xs, weights), repeats=3, batches=options.batches)
     return seconds / (len(xs) * options.turns) * 1e6
+
+
+def decode_time(xs: list, blobs: list, prefetch: bool, options: Options) -> float:
+    """Microseconds per product of a chain by the decode kernel over the weights, in one jit.
+
+    Each product has the one before as its residual: a step of a decoder has such a chain, it keeps
+    the products in order without a kernel between them, and it only adds to their work.
+    """
+
+    @partial(jax.jit, donate_argnums=2)
+    def chain(xs, blobs, y):
+        for i, x in enumerate(xs):
+            y = fused_matmul(x, blobs[i % len(blobs)], residual=y, prefetch=prefetch)
+        return y
+
+    y = jnp.zeros((xs[0].shape[0], blobs[0].shape[0]), xs[0].dtype)
+    times = []
+    for batch in range(options.batches + 2):
+        start = time.perf_counter()
+        for _ in range(options.turns):
+            y = chain(xs, blobs, y)
+        jax.block_until_ready(y)
+        if batch > 1:
+            times.append((time.perf_counter() - start) / (options.turns * len(xs)))
+    return statistics.median(times) * 1e6
 
 
 def torch_time(rows: int, out: int, channels: int, dtype: str, count: int, copies: int) -> float:
@@ -182,7 +213,7 @@ def measure(out: int, channels: int, dtype: str, bandwidth: float, options: Opti
     copies = math.ceil(options.rotate_mb * 1e6 / (dense_bytes * 9 / 16))
     dense_copies = math.ceil(options.rotate_mb * 1e6 / dense_bytes)
     count = max(48, copies)
-    weight = _pruned(jax.random.key(out + channels), out, channels, dtype)
+    weight = random_24(jax.random.key(out + channels), out, channels, dtype)
     blob = blob24(compress24(weight))
     blobs = [Blob24(blob.data + jnp.uint8(0), blob.shape, blob.dtype) for _ in range(copies)]
     weights = [weight + 0 for _ in range(dense_copies)]
@@ -203,12 +234,13 @@ def measure(out: int, channels: int, dtype: str, bandwidth: float, options: Opti
             channels,
             rows,
             dtype,
-            decode=chain_time(sparse_matmul, xs, blobs, options),
+            decode=decode_time(xs, blobs, True, options),
+            careful=decode_time(xs, blobs, False, options),
             bound=blob.nbytes / bandwidth * 1e6,
             error=error,
         )
         if options.dense:
-            line.dense["xla"] = chain_time(_dense, xs, weights, options)
+            line.dense["xla"] = dense_time(xs, weights, options)
             if torch is not None:
                 line.dense["torch"] = torch_time(
                     rows, out, channels, dtype, max(48, dense_copies), dense_copies

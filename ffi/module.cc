@@ -11,6 +11,7 @@
 #include "cusparselt/handlers.h"
 #include "xla/ffi/api/c_api.h"
 #ifdef ESPARSE_CUDA
+#include "cuda/bindings.h"
 #include "cuda/handlers.h"
 #endif
 
@@ -22,8 +23,10 @@ namespace {
 // compiled computations are cached and exported by this name, not by the library's version.
 constexpr const char* kProductTarget = "esparse_product24_cpu_v1";
 constexpr const char* kExpandTarget = "esparse_expand24_cpu_v1";
-constexpr const char* kCudaDecodeTarget = "esparse_decode24_cuda_v1";
-constexpr const char* kCudaMlpTarget = "esparse_mlp24_cuda_v1";
+constexpr const char* kDecodeTarget = "esparse_decode24_cuda_v2";
+constexpr const char* kChainTarget = "esparse_chain24_cuda_v1";
+constexpr const char* kMaxSumTarget = "esparse_max_sum_cuda_v1";
+constexpr const char* kRecordTarget = "esparse_register_recorded_v1";
 constexpr const char* kMatmulTarget = "esparse_cusparselt_matmul_cuda_v1";
 constexpr const char* kCompressTarget = "esparse_cusparselt_compress_cuda_v1";
 constexpr const char* kHostMatmulTarget = "esparse_cusparselt_matmul_host_v1";
@@ -60,10 +63,20 @@ py::dict Registrations() {
                                      {"initialize", cusparselt::CusparseltCompressInitialize},
                                      {"execute", cusparselt::CusparseltCompressExecute}}));
 #ifdef ESPARSE_CUDA
-  registrations[kCudaDecodeTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::Decode24}}));
-  registrations[kCudaMlpTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::Mlp24}}));
+  registrations[kDecodeTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::Decode24}}));
+  registrations[kChainTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::Chain24}}));
+  registrations[kMaxSumTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::MaxSum32}}));
 #endif
   return registrations;
+}
+
+// The target whose registration registers the recorded product, or nothing; see cuda/handlers.h.
+py::dict RecordRegistration() {
+#ifdef ESPARSE_CUBINS
+  return Stages({{"execute", esparse::cuda::RegisterRecorded}});
+#else
+  return Stages({});
+#endif
 }
 
 // The form of cuSPARSELt's handlers for tests on the CPU platform (cusparselt/platform.h). Apart
@@ -96,11 +109,18 @@ py::dict TypeRegistrations(const std::vector<esparse::cusparselt::StateType>& ty
 }  // namespace
 
 PYBIND11_MODULE(_esparse_ffi, module) {
-  module.doc() = "XLA FFI handlers of esparse_jax; use it through esparse_jax.sparse._ffi.";
+  module.doc() = "XLA FFI handlers of esparse_jax; use it through esparse_jax.native.";
   module.attr("PRODUCT24_CPU") = kProductTarget;
   module.attr("EXPAND24_CPU") = kExpandTarget;
-  module.attr("CUDA_DECODE_TARGET") = kCudaDecodeTarget;
-  module.attr("CUDA_MLP_TARGET") = kCudaMlpTarget;
+  module.attr("CUDA_DECODE_TARGET") = kDecodeTarget;
+  module.attr("CUDA_CHAIN_TARGET") = kChainTarget;
+  module.attr("CUDA_MAX_SUM_TARGET") = kMaxSumTarget;
+#ifdef ESPARSE_CUBINS
+  module.attr("CUDA_RECORDED_TARGET") = esparse::cuda::kRecordedTarget;
+#else
+  module.attr("CUDA_RECORDED_TARGET") = py::none();
+#endif
+  module.attr("CUDA_RECORD_TARGET") = kRecordTarget;
   module.attr("CUSPARSELT_MATMUL") = kMatmulTarget;
   module.attr("CUSPARSELT_COMPRESS") = kCompressTarget;
   module.attr("CUSPARSELT_MATMUL_HOST") = kHostMatmulTarget;
@@ -108,12 +128,16 @@ PYBIND11_MODULE(_esparse_ffi, module) {
   module.attr("HAS_CUDA") = kHasCuda;
   module.attr("HAS_CUSPARSELT_TIMER") = kHasCuda;
   module.def("registrations", &Registrations);
+  module.def("record_registration", &RecordRegistration);
   module.def("types",
              [] { return TypeRegistrations(esparse::cusparselt::StateTypesOnCuda(), "CUDA"); });
   module.def("host_registrations", &HostRegistrations);
   module.def("host_types",
              [] { return TypeRegistrations(esparse::cusparselt::StateTypesOnHost(), "cpu"); });
   esparse::cusparselt::Bind(module);
+#ifdef ESPARSE_CUDA
+  esparse::cuda::Bind(module);
+#endif
   module.def("cpu_levels", &esparse::cpu::SupportedLevels);
   module.def("cpu_level_code", &esparse::cpu::LevelCode);
 }

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esparse_jax.sparse import _ffi, _ffi_cusparselt, blob
+from esparse_jax import native
+from esparse_jax.sparse import _ffi_cusparselt, blob
 
 FFI = Path(__file__).parents[1] / "ffi"
 SOURCE = FFI / "cusparselt" / "testing" / "fake_cusparselt.cc"
@@ -104,7 +105,7 @@ def used_on_host(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 @functools.cache
 def open_on_host(file: Path) -> _ffi_cusparselt.Library:
     """The stand-in as a library of the CPU platform, whose handlers are registered."""
-    extension = _ffi._extension()
+    extension = native.extension()
     jax.devices("cpu")  # XLA refuses handlers with a state before its CPU backend is up
     for name, (platform, registration) in extension.host_types().items():
         jax.ffi.register_ffi_type(name, registration, platform=platform)

@@ -12,8 +12,11 @@ from .blob import (
 )
 from .compress import Compressed24, check24, compress24, decompress24
 from .fused import (
+    ChainWeights,
     fused_matmul,
     fused_matmul_reference,
+    sparse_chain,
+    sparse_chain_reference,
     sparse_mlp,
     sparse_mlp_reference,
 )
@@ -22,6 +25,7 @@ from .matmul import sparse_matmul, sparse_matmul_reference
 __all__ = [
     "Algorithm",
     "Blob24",
+    "ChainWeights",
     "Compressed24",
     "LibraryBlob24",
     "SplitKMode",
@@ -36,6 +40,8 @@ __all__ = [
     "interleave_gate_up",
     "library_blob_agrees",
     "load_cusparselt",
+    "sparse_chain",
+    "sparse_chain_reference",
     "sparse_matmul",
     "sparse_matmul_reference",
     "sparse_mlp",

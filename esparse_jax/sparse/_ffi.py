@@ -1,12 +1,10 @@
-"""The one file that knows the C++ extension: loads it, registers its targets, wraps each call.
+"""The extension's calls for the CPU platform.
 
-Nothing happens at import. The extension is optional: without it `cpu_product_available` says no,
-one line is logged, and `sparse_matmul` computes with plain JAX: it unpacks the weight at each call.
+The extension is optional: without it `cpu_product_available` says no, and `sparse_matmul` computes
+with plain JAX: it unpacks the weight at each call.
 """
 
 import functools
-import importlib
-import logging
 from types import ModuleType
 from typing import Any
 
@@ -15,41 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-_LOGGER = logging.getLogger(__name__)
-_EXTENSION = "esparse_jax.sparse._esparse_ffi"
+from esparse_jax import native
 
 CPU_DTYPES = ("float32", "bfloat16", "float16")
 
 
-@functools.cache
-def _extension() -> ModuleType | None:
-    """The extension with its targets registered, or None; asked once per process."""
-    try:
-        extension = importlib.import_module(_EXTENSION)
-    except ImportError as error:
-        _LOGGER.warning(
-            "%s is missing (%s): on the CPU sparse_matmul computes with plain JAX, which is right "
-            "but slower than a dense product. Build it with `pip install .` (see BUILD.md).",
-            _EXTENSION,
-            error,
-        )
-        return None
-    for name, (platform, registration) in extension.types().items():  # before who has them as state
-        jax.ffi.register_ffi_type(name, registration, platform=platform)
-    for name, (platform, stages) in extension.registrations().items():
-        jax.ffi.register_ffi_target(name, stages, platform=platform)
-    return extension
-
-
 def cpu_product_available() -> bool:
     """Whether the compiled product for the CPU platform can be called."""
-    return _extension() is not None
+    return native.extension() is not None
 
 
 @functools.cache
 def cpu_levels() -> tuple[str, ...]:
     """The instruction-set levels this processor can run, best first; the last is "portable"."""
-    extension = _extension()
+    extension = native.extension()
     return () if extension is None else tuple(extension.cpu_levels())
 
 
@@ -100,11 +77,11 @@ def result_like(
 
 
 def _require_extension(values: Array) -> ModuleType:
-    extension = _extension()
+    extension = native.extension()
     if extension is None:
         raise RuntimeError(
-            f'backend="cpu" needs the compiled extension {_EXTENSION}, which is not installed. '
-            f'Build it with `pip install .` (see BUILD.md), or use backend="reference".'
+            'backend="cpu" needs the compiled extension, which is not installed. Build it with '
+            '`pip install .` (see BUILD.md), or use backend="reference".'
         )
     if values.dtype.name not in CPU_DTYPES:
         raise TypeError(

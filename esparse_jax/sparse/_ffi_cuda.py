@@ -1,29 +1,35 @@
-"""The extension's calls for NVIDIA GPUs; `_ffi.py` loads it and registers its targets."""
+"""The extension's calls for NVIDIA GPUs."""
 
+import functools
+import logging
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
+from esparse_jax import native
+
 from . import _ffi
+
+_LOGGER = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16")
 MAX_ROWS = 16  # of x
 PLAN_FIELDS = ("tiles", "warps", "blocks", "interleave", "depth", "resident")
 
 # What the decode kernel does around the product; the numbers are those of ffi/cuda/decode.h.
-_NORM, _SWIGLU, _RESIDUAL, _PERMUTE = 1, 2, 4, 8
+_NORM, _SWIGLU, _RESIDUAL, _PERMUTE, _SCATTER = 1, 2, 4, 8, 16
 
 
 def decode_available() -> bool:
     """Whether this build of the extension holds the decode kernel."""
-    extension = _ffi._extension()
-    return extension is not None and extension.HAS_CUDA
+    return native.has_cuda()
 
 
 def _extension() -> ModuleType:
-    extension = _ffi._extension()
+    extension = native.extension()
     if extension is None or not extension.HAS_CUDA:
         raise RuntimeError(
             "the CUDA decode kernel needs the compiled extension with its CUDA part, which is not "
@@ -50,6 +56,28 @@ def _require_rows(rows: int) -> None:
         )
 
 
+@functools.cache
+def records_calls() -> bool:
+    """Whether XLA records a product as a kernel of its own CUDA graph, so that calls can overlap.
+
+    It takes a GPU of compute capability 9.0 and FFI API 0.4 (jax 0.11). Elsewhere XLA traces each
+    call into a graph of its own, and only the kernels inside one call overlap.
+    """
+    extension = native.extension()
+    if extension is None or extension.CUDA_RECORDED_TARGET is None:
+        return False
+    if jax.default_backend() != "gpu" or jax.devices()[0].compute_capability != "9.0":
+        return False
+    try:
+        jax.ffi.register_ffi_target(
+            extension.CUDA_RECORD_TARGET, extension.record_registration(), platform="CUDA"
+        )
+    except jax.errors.JaxRuntimeError as error:
+        _LOGGER.info("XLA traces 2:4 products instead of recording them: %s", error)
+        return False
+    return True
+
+
 def decode(
     x: Float[Array, "row channel"],
     blob: UInt8[Array, " blob_byte"],
@@ -57,24 +85,34 @@ def decode(
     out: int,
     residual: Float[Array, "row out"] | None = None,
     permutation: Int32[Array, " source"] | None = None,
+    places: Int32[Array, " out"] | None = None,
     norm_epsilon: float | None = None,
     swiglu: bool = False,
+    prefetch: bool = False,
     plan: dict[str, int] | None = None,
-) -> Float[Array, "row column"]:
-    """`x @ weight.T` by the decode kernel, for 1 to 16 rows.
+) -> tuple[Float[Array, "row column"], Float[Array, "row column"] | None]:
+    """`x @ weight.T` by the decode kernel, for 1 to 16 rows; and the same in another order.
 
     Args:
         blob: `Blob24.data` of a weight with `out` outputs.
         residual: Added to the result.
         permutation: `x[:, permutation]` is multiplied.
+        places: The second result has column c of the first at `places[c]`; None without it.
         norm_epsilon: Where given, the result is scaled to that of RMS-normalised rows of x.
         swiglu: The weight is `interleave_gate_up(gate, up)`; the result is `silu(gate) * up`.
+        prefetch: The blob was complete before the computation began: it may be read before the
+            kernel before has ended.
         plan: For tests, tuning and benchmarks.
     """
     extension = _extension()
     _require_rows(x.shape[0])
-    columns = out // 2 if swiglu else out
-    fusion, more, results = 0, [], [_ffi.result_like(x, blob, (x.shape[0], columns), x.dtype)]
+    target = extension.CUDA_RECORDED_TARGET if records_calls() else extension.CUDA_DECODE_TARGET
+    rows = x.shape[0]
+
+    def result(columns):
+        return _ffi.result_like(x, blob, (rows, columns), x.dtype)
+
+    fusion, more, results = 0, [], [result(out // 2 if swiglu else out)]
     if norm_epsilon is not None:
         fusion |= _NORM
     if swiglu:
@@ -85,39 +123,139 @@ def decode(
     if permutation is not None:
         fusion |= _PERMUTE
         more.append(permutation)
-        results.append(_ffi.result_like(x, blob, x.shape, x.dtype))
-    return jax.ffi.ffi_call(extension.CUDA_DECODE_TARGET, results)(
+        results.append(result(x.shape[1]))
+    if places is not None:
+        fusion |= _SCATTER
+        more.append(places)
+        results.append(result(out))
+    computed = jax.ffi.ffi_call(target, results)(
         x,
         blob,
         *more,
         fusion=np.int32(fusion),
         epsilon=np.float32(norm_epsilon or 0.0),
+        prefetch=prefetch,
         plan=_plan(plan),
-    )[0]
+    )
+    return computed[0], None if places is None else computed[-1]
 
 
-def mlp(
-    x: Float[Array, "row channel"],
-    gate_up: UInt8[Array, " gate_up_byte"],
-    down: UInt8[Array, " down_byte"],
-    *,
-    inner: int,
-    epsilon: float,
-    gate_up_plan: dict[str, int] | None = None,
-    down_plan: dict[str, int] | None = None,
-) -> Float[Array, "row channel"]:
-    """`x + down(swiglu(gate_up(norm(x))))` in one call, whose two kernels overlap."""
-    extension = _extension()
-    _require_rows(x.shape[0])
-    results = [
-        _ffi.result_like(x, gate_up, x.shape, x.dtype),
-        _ffi.result_like(x, gate_up, (x.shape[0], inner), x.dtype),
+class Result(NamedTuple):
+    """What an earlier step of a chain computed; `scattered`: in the order of that step's places."""
+
+    step: int
+    scattered: bool = False
+
+
+class Step(NamedTuple):
+    """One product of a chain.
+
+    Attributes:
+        x: `[row, channel]`.
+        blob: `Blob24.data` of a weight with `out` outputs.
+        residual, places, swiglu: As for `decode`.
+        norm: Whether x is RMS-normalised.
+    """
+
+    x: Array | Result
+    blob: UInt8[Array, " blob_byte"]
+    out: int
+    residual: Array | Result | None = None
+    places: Int32[Array, " out"] | None = None
+    norm: bool = False
+    swiglu: bool = False
+
+    @property
+    def fusion(self) -> int:
+        """What stands around the product, as the kernel's number."""
+        return (
+            _NORM * self.norm
+            | _SWIGLU * self.swiglu
+            | _RESIDUAL * (self.residual is not None)
+            | _SCATTER * (self.places is not None)
+        )
+
+    @property
+    def columns(self) -> int:
+        """Of the result."""
+        return self.out // 2 if self.swiglu else self.out
+
+
+def chain(
+    steps: list[Step], *, epsilon: float, prefetch: bool = False
+) -> list[tuple[Float[Array, "row column"], Float[Array, "row column"] | None]]:
+    """Several products, of which the later ones fetch their weights while the earlier ones run.
+
+    Where XLA records calls there is one for each product, elsewhere one for all.
+
+    Args:
+        steps: The first one reads an array.
+        epsilon: Of all norms.
+        prefetch: As for `decode`.
+
+    Returns:
+        For each step its result, and that in the order of its `places`.
+    """
+    _require_rows(steps[0].x.shape[0])
+    return (_recorded_chain if records_calls() else _traced_chain)(steps, epsilon, prefetch)
+
+
+def _recorded_chain(steps, epsilon, prefetch):
+    done = []
+
+    def value(source):
+        return done[source.step][source.scattered] if isinstance(source, Result) else source
+
+    for step in steps:
+        done.append(
+            decode(
+                value(step.x),
+                step.blob,
+                out=step.out,
+                residual=value(step.residual),
+                places=step.places,
+                norm_epsilon=epsilon if step.norm else None,
+                swiglu=step.swiglu,
+                # The first one waits for whatever may have written the weights.
+                prefetch=prefetch or bool(done),
+            )
+        )
+    return done
+
+
+def _traced_chain(steps, epsilon, prefetch):
+    arrays = [
+        operand
+        for step in steps
+        for operand in (step.x, step.blob, step.residual, step.places)
+        if operand is not None and not isinstance(operand, Result)
     ]
-    return jax.ffi.ffi_call(extension.CUDA_MLP_TARGET, results)(
-        x,
-        gate_up,
-        down,
+    arguments = list({id(array): array for array in arrays}.values())
+    numbers = {id(array): number for number, array in enumerate(arguments)}
+    results, written = [], []
+    first = steps[0].x
+
+    def number(source):
+        if source is None:
+            return -1
+        if isinstance(source, Result):
+            return written[source.step][source.scattered]
+        return numbers[id(source)]
+
+    fields = []
+    for step in steps:
+        y = len(arguments) + len(results)
+        scattered = -1 if step.places is None else y + 1
+        read = [number(source) for source in (step.x, step.blob, step.residual, step.places)]
+        fields += [*read, y, scattered, step.fusion, *_plan(None)]
+        result = _ffi.result_like(first, step.blob, (first.shape[0], step.columns), first.dtype)
+        results += [result] * (1 if scattered < 0 else 2)
+        written.append((y, scattered))
+    computed = jax.ffi.ffi_call(_extension().CUDA_CHAIN_TARGET, results)(
+        *arguments,
         epsilon=np.float32(epsilon),
-        gate_up_plan=_plan(gate_up_plan),
-        down_plan=_plan(down_plan),
-    )[0]
+        prefetch=prefetch,
+        steps=np.array(fields, np.int32),
+    )
+    buffers = [None] * len(arguments) + list(computed) + [None]  # -1 is the last
+    return [(buffers[y], buffers[scattered]) for y, scattered in written]

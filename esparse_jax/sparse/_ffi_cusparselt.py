@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from esparse_jax import native
+
 from . import _ffi
 
 _LOGGER = logging.getLogger(__name__)
@@ -162,9 +164,9 @@ def load_cusparselt() -> str:
 
 @functools.cache
 def _find() -> Library | str:
-    extension = _ffi._extension()
+    extension = native.extension()
     if extension is None:
-        return f"the compiled extension {_ffi._EXTENSION} is missing (see BUILD.md)"
+        return "the compiled extension is missing (see BUILD.md)"
     tried = []
     for path in [*map(str, _wheel_files()), ""]:  # "" is the system's search
         try:
@@ -198,7 +200,7 @@ def _require() -> Library:
 
 
 def _loaded_extension() -> ModuleType:
-    extension = _ffi._extension()
+    extension = native.extension()
     assert extension is not None, "a Library comes from the extension"
     return extension
 
@@ -298,7 +300,7 @@ def matmul(
         RuntimeError: The library cannot be called, or refuses the product.
     """
     opened, gpu = library(), device()
-    if opened is None and (gpu is not None or _ffi._extension() is None):
+    if opened is None and (gpu is not None or native.extension() is None):
         _require()  # without a GPU it is not needed: the computation is lowered for elsewhere
     extension = _loaded_extension()
     on_host = opened is not None and opened.on_host

@@ -26,6 +26,7 @@ def sparse_matmul(
     *,
     backend: Backend | None = None,
     algorithm: Algorithm | None = None,
+    prefetch: bool = False,
 ) -> Float[Array, "*batch out"]:
     """`x @ weight.T` for a 2:4 weight, from its compressed form.
 
@@ -58,6 +59,9 @@ def sparse_matmul(
             "cusparselt" (NVIDIA GPUs, a device form) cannot be lowered for another platform.
         algorithm: Which of cuSPARSELt's algorithms is to be used, where it multiplies. None is the
             library's own choice.
+        prefetch: For a blob that was complete before the computation began: an argument of the
+            `jit`, neither computed, sliced nor copied inside it. The decode kernel may then read it
+            before the kernel before has ended (see `fused_matmul`).
 
     Returns:
         `[..., out]` in the dtype of `x`.
@@ -91,6 +95,7 @@ def sparse_matmul(
                 getattr(compressed, "made_by", None),
                 backend,
                 algorithm,
+                prefetch,
             ),
         )
         return y.reshape(*batch, compressed.shape[0])
@@ -202,6 +207,7 @@ class _Choice(NamedTuple):
     made_by: tuple[int, int] | None  # of a LibraryBlob24, which this tells from a Blob24
     backend: Backend | None
     algorithm: Algorithm | None
+    prefetch: bool
 
 
 def _require_matching_blob(x: Array, blob: Blob24 | LibraryBlob24, backend: Backend | None) -> None:
@@ -258,7 +264,7 @@ _blob_matmul.defvjp(_blob_matmul_forward, _blob_matmul_backward)
 @functools.cache
 def _batchable_blob(choice: _Choice):
     """The product from a device form, with vmap taken care of as in `_batchable`."""
-    shape, dtype, made_by, backend, algorithm = choice
+    shape, dtype, made_by, backend, algorithm, prefetch = choice
 
     def unpacked(x, data):
         compressed = compressed24_of(Blob24(data, shape, dtype))
@@ -266,7 +272,7 @@ def _batchable_blob(choice: _Choice):
         return other(x, compressed.values, compressed.indices)
 
     def decode(x, data):
-        return _ffi_cuda.decode(x, data, out=shape[0])
+        return _ffi_cuda.decode(x, data, out=shape[0], prefetch=prefetch)[0]
 
     def library(x, data, readers, **default):
         """By cuSPARSELt on its platform, and where it is lowered for another, by the default."""

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "cuda/decode.h"
 #include "cuda/decode_args.h"
@@ -49,10 +50,6 @@ struct Cut {
 // Fills in everything of `cut` that follows from the plan; false where it does not fit.
 bool MakeCut(const Product& product, const Plan& plan, const Device& device, Cut* cut) {
   KernelArgs& args = cut->args;
-  args.blob = static_cast<const uint8_t*>(product.blob);
-  args.x = product.fusion & kPermute ? product.scratch : product.x;
-  args.residual = product.residual;
-  args.y = product.y;
   args.out = static_cast<int>(product.out);
   args.channels = static_cast<int>(product.channels);
   args.rows = static_cast<int>(product.rows);
@@ -96,49 +93,44 @@ bool MakeCut(const Product& product, const Plan& plan, const Device& device, Cut
   return false;
 }
 
-// Fills the zeros of a plan. The rule was read off a sweep on an H200 over 16 shapes from 4096x4096
-// to 28672x4096 and 8192x28672 (benchmarks/results/decode_plans_h200.csv: fp16, CUDA graphs of at
-// least 24 launches over 700 MB of weights), where it is within 1 % of the best plan (geometric
-// mean; 3.3 % at most). Elsewhere the plan shrinks until it fits.
-Plan Choose(const Product& product, const Plan& given, const Device& device) {
-  const int rows = static_cast<int>(product.rows);
-  const int channels = static_cast<int>(product.channels);
-  const int all_tiles = static_cast<int>(product.out) / kTileRows;
-  const int tiles_of_one = CeilDiv(all_tiles, device.multiprocessors);  // with one block each
-  const int tiles_of_two = CeilDiv(all_tiles, 2 * device.multiprocessors);
-  constexpr int kLongRow = 7168;  // channels from which on a row is long
+// A plan and what it is for: at most so many rows of x and tiles for each multiprocessor, at least
+// so many channels.
+struct Rule {
+  int rows, tiles, channels;
+  Plan plan;  // tiles, warps, blocks, interleave, depth (as many as fit), resident
+};
+constexpr int kAny = 1 << 30;
+constexpr int kLongRow = 7168;
 
-  // Two blocks a multiprocessor, so that one computes while the other reduces, and as few passes
-  // over x as there can be.
+// The first rule that fits is taken. Read off a sweep on an H200 over 16 shapes from 4096x4096 to
+// 28672x4096 and 8192x28672 (benchmarks/decode_plans.py; benchmarks/results/decode_plans_h200.csv:
+// fp16, CUDA graphs over 300 MB of weights, W fetched early), where it is within 1 % of the best
+// plan in the geometric mean, and within 7 % everywhere.
+constexpr Rule kRules[] = {
+    {4, 2, kLongRow, {2, 16, 1, 2, 0, 2}}, {4, 2, 0, {2, 8, 2, 2, 0, 2}},
+    {8, 2, kLongRow, {2, 16, 1, 2, 0, 2}}, {8, 2, 0, {1, 8, 2, 2, 0, 1}},
+    {8, 3, kLongRow, {3, 8, 1, 2, 0, 2}},  {8, 3, 0, {2, 8, 2, 2, 0, 2}},
+    {4, 4, 0, {2, 4, 2, 1, 0, 2}},         {8, 4, 0, {4, 8, 1, 1, 0, 2}},
+    {4, 8, kLongRow, {1, 16, 1, 1, 0, 1}}, {8, 8, kLongRow, {4, 8, 1, 2, 0, 2}},
+    {8, 6, 0, {3, 4, 2, 2, 0, 2}},         {8, 8, 0, {4, 8, 2, 2, 0, 2}},
+    {8, kAny, 0, {2, 8, 1, 1, 0, 1}},      {16, 2, 0, {2, 8, 1, 2, 0, 2}},
+    {16, 3, 0, {3, 8, 1, 2, 0, 2}},        {16, 4, 0, {2, 4, 2, 1, 0, 2}},
+    {16, 8, kLongRow, {2, 4, 2, 1, 0, 2}}, {16, 6, 0, {3, 8, 1, 2, 0, 2}},
+    {16, 8, 0, {2, 4, 2, 2, 0, 1}},        {16, 12, 0, {3, 8, 2, 2, 0, 2}},
+    {16, kAny, 0, {3, 8, 1, 2, 0, 2}},
+};
+
+// Fills the zeros of a plan. Where shared memory does not suffice, FitCut shrinks it.
+Plan Choose(const Product& product, const Plan& given, const Device& device) {
+  const int all_tiles = static_cast<int>(product.out) / kTileRows;
+  const int tiles = CeilDiv(all_tiles, device.multiprocessors);
   Plan plan;
-  plan.tiles = CeilDiv(tiles_of_two, CeilDiv(tiles_of_two, kMaxTiles));
-  plan.warps = 8;
-  plan.blocks = 2;
-  plan.resident = 2;
-  if (rows <= 8) {
-    if (tiles_of_one <= 2 && channels >= kLongRow) {
-      plan.tiles = tiles_of_one;
-      plan.warps = 16;
-      plan.blocks = 1;
-    } else if (rows > 4 && tiles_of_two == kMaxTiles) {
-      plan.warps = 4;
-    }
-  } else if (tiles_of_one <= 3) {  // more rows leave less room for W: better one block's than two's
-    plan.tiles = tiles_of_one;
-    plan.blocks = 1;
-  } else if (plan.tiles == kMaxTiles || tiles_of_two == 2) {
-    if (tiles_of_one > 10) {
-      plan.tiles = 3;
-      plan.blocks = 1;
-    } else {
-      plan.tiles = 2;
-      plan.warps = 4;
-      plan.resident = rows * channels * 2 <= 60 << 10 ? 1 : 2;
+  for (const Rule& rule : kRules) {
+    if (product.rows <= rule.rows && tiles <= rule.tiles && product.channels >= rule.channels) {
+      plan = rule.plan;
+      break;
     }
   }
-  const bool one_pass = CeilDiv(all_tiles, plan.blocks * device.multiprocessors) <= plan.tiles;
-  plan.interleave = channels < kLongRow && one_pass ? 2 : 1;
-
   const auto prefer = [](int32_t wanted, int32_t* field) {
     if (wanted != 0) *field = wanted;
   };
@@ -181,17 +173,10 @@ cudaError_t LaunchGather(const Product& product, cudaStream_t stream) {
                             static_cast<int>(product.rows), channels);
 }
 
-}  // namespace
-
-cudaError_t Launch(const Product& product, const Plan& given, bool overlap, cudaStream_t stream) {
-  Device device;
-  ESPARSE_CUDA_RETURN_IF_ERROR(Device::Current(&device));
-  Plan plan = Choose(product, given, device);
-  Cut cut;
-  bool fits = MakeCut(product, plan, device, &cut);
-  // Devices with less shared memory, or many rows: fewer warps, then fewer tiles, then x in
-  // passing.
-  while (!fits) {
+// The cut of a product by the plan, or by one with fewer warps, tiles and resident x where shared
+// memory does not suffice: on devices that have less of it, or with many rows.
+bool FitCut(const Product& product, Plan plan, const Device& device, Cut* cut) {
+  while (!MakeCut(product, plan, device, cut)) {
     if (plan.resident == 1) {
       plan.resident = 2;
     } else if (plan.warps > kMinWarps) {
@@ -199,38 +184,78 @@ cudaError_t Launch(const Product& product, const Plan& given, bool overlap, cuda
     } else if (plan.tiles > 1) {
       --plan.tiles;
     } else {
-      return cudaErrorInvalidConfiguration;
+      return false;
     }
-    fits = MakeCut(product, plan, device, &cut);
   }
+  return true;
+}
 
+cudaError_t PrepareOn(const Device& device, const Product& product, const Plan& given, Start start,
+                      KernelLaunch* launch) {
+  Cut cut;
+  if (!FitCut(product, Choose(product, given, device), device, &cut)) {
+    return cudaErrorInvalidConfiguration;
+  }
+  cut.args.prefetch = start == Start::kPrefetch;
+  const DecodeKernel kernel = product.dtype == Dtype::kFloat16
+                                  ? FindFloat16(cut.columns, cut.tiles)
+                                  : FindBfloat16(cut.columns, cut.tiles);
+  launch->name = kernel.name;
+  launch->function = reinterpret_cast<const void*>(kernel.function);
+  launch->grid = cut.grid;
+  launch->threads = cut.warps * 32;
+  launch->shared = cut.shared;
+  launch->blob = product.blob;
+  launch->x = product.x;
+  launch->residual = product.residual;
+  launch->places = product.places;
+  launch->y = product.y;
+  launch->scattered = product.scattered;
+  static_assert(sizeof(KernelArgs) == kKernelArgsBytes);
+  std::memcpy(launch->args.data(), &cut.args, sizeof(cut.args));
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t Prepare(const Product& product, const Plan& plan, Start start, KernelLaunch* launch) {
+  if (product.fusion & kPermute) return cudaErrorNotSupported;
+  Device device;
+  ESPARSE_CUDA_RETURN_IF_ERROR(Device::Current(&device));
+  if (device.major < 9) start = Start::kAlone;
+  return PrepareOn(device, product, plan, start, launch);
+}
+
+cudaError_t Launch(const Product& given, const Plan& plan, Start start, cudaStream_t stream) {
+  Device device;
+  ESPARSE_CUDA_RETURN_IF_ERROR(Device::Current(&device));
+  Product product = given;
   if (product.fusion & kPermute) {
+    // The gather waits for all earlier work and lets the product start at once.
     ESPARSE_CUDA_RETURN_IF_ERROR(LaunchGather(product, stream));
-    overlap = true;
+    start = Start::kPrefetch;
+    product.x = product.scratch;
   }
-  overlap = overlap && device.major >= 9;
-  cut.args.overlap = overlap;
-
-  const DecodeFunction function = product.dtype == Dtype::kFloat16
-                                      ? FindFloat16(cut.columns, cut.tiles)
-                                      : FindBfloat16(cut.columns, cut.tiles);
-  if (function == nullptr) return cudaErrorInvalidConfiguration;
+  if (device.major < 9) start = Start::kAlone;
+  KernelLaunch launch;
+  ESPARSE_CUDA_RETURN_IF_ERROR(PrepareOn(device, product, plan, start, &launch));
   // Set at every launch: the attribute belongs to a device, and a record of devices that have it
   // would be a global. It costs a fraction of a microsecond, and nothing in a replayed graph.
-  ESPARSE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(reinterpret_cast<const void*>(function),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    device.shared_per_block));
+  ESPARSE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+      launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block));
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(cut.grid);
-  config.blockDim = dim3(cut.warps * 32);
-  config.dynamicSmemBytes = cut.shared;
+  config.gridDim = dim3(launch.grid);
+  config.blockDim = dim3(launch.threads);
+  config.dynamicSmemBytes = launch.shared;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, function, cut.args);
+  config.numAttrs = start == Start::kAlone ? 0 : 1;
+  void* parameters[] = {&launch.blob, &launch.x,         &launch.residual,  &launch.places,
+                        &launch.y,    &launch.scattered, launch.args.data()};
+  return cudaLaunchKernelExC(&config, launch.function, parameters);
 }
 
 }  // namespace esparse::cuda

@@ -7,6 +7,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -24,7 +25,9 @@ enum Fusion : int32_t {
   kSwiglu = 2,    // rows of W: 8 of gate, 8 of up, ...; y = silu(gate) * up has out / 2 columns
   kResidual = 4,  // y += residual
   kPermute = 8,   // column c of x is read from x[:, permutation[c]]
+  kScatter = 16,  // y is written once more with column c at places[c]; not with kSwiglu
 };
+constexpr int32_t kAllFusions = kNorm | kSwiglu | kResidual | kPermute | kScatter;
 
 // y[rows][out] = x[rows][channels] * W[out][channels]^T
 struct Product {
@@ -33,6 +36,8 @@ struct Product {
   const void* residual;        // kResidual: [rows][out], may be y itself
   const int32_t* permutation;  // kPermute: [channels]
   void* scratch;               // kPermute: as large as x
+  const int32_t* places;       // kScatter: [out], each of 0..out-1 once
+  void* scattered;             // kScatter: as large as y
   void* y;
   int64_t rows, out, channels;
   Dtype dtype;
@@ -52,10 +57,35 @@ struct Plan {
 
 constexpr int kPlanFields = 6;
 
-// Queues the product. `overlap` says that the kernel queued just before it on this stream is one of
-// these as well, and was itself queued without overlap or writes no W: from sm_90 on W is then
-// requested before that kernel ends (programmatic dependent launch).
-cudaError_t Launch(const Product& product, const Plan& plan, bool overlap, cudaStream_t stream);
+// How a kernel stands to the one before it, from sm_90 on (programmatic dependent launch). Whatever
+// is chosen, x and residual are read and y is written only when all earlier work has ended.
+enum class Start : int32_t {
+  kAlone,     // it begins when the kernel before has ended
+  kEarly,     // it is set up before that, and then waits
+  kPrefetch,  // it also requests W meanwhile: the caller knows that W was complete before the
+              // kernel before began
+};
+
+// Queues the product.
+cudaError_t Launch(const Product& product, const Plan& plan, Start start, cudaStream_t stream);
+
+constexpr int kKernelArgsBytes = 60;
+
+// The kernel of a product, for those who queue it in another way. kPermute is refused: it takes
+// two.
+struct KernelLaunch {
+  const char* name;           // in the cubin of its dtype and architecture
+  const void* function;       // for the CUDA runtime
+  int grid, threads, shared;  // blocks, threads in each, bytes of dynamic shared memory
+  const void* blob;
+  const void* x;
+  const void* residual;
+  const void* places;
+  void* y;
+  void* scattered;
+  std::array<char, kKernelArgsBytes> args;  // the kernel's last parameter, KernelArgs
+};
+cudaError_t Prepare(const Product& product, const Plan& plan, Start start, KernelLaunch* launch);
 
 }  // namespace esparse::cuda
 

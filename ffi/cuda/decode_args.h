@@ -20,10 +20,6 @@ constexpr int kMaxWarps = 16;
 constexpr int kMaxTiles = 4;
 
 struct KernelArgs {
-  const uint8_t* blob;
-  const void* x;
-  const void* residual;
-  void* y;
   int out, channels, rows;
   int units;                           // the last one may be a half
   int block_tiles, block_tiles_extra;  // tiles of a block; the first blocks take one more
@@ -33,15 +29,22 @@ struct KernelArgs {
   int resident;                        // x has a place of its own and is loaded once
   int sums_toggle;  // bytes between two buffers for partial sums; 0: there is one
   int fusion;
-  int overlap;
+  int prefetch;  // W is requested before the kernel before has ended
   float epsilon;
 };
 
-using DecodeFunction = void (*)(KernelArgs);
+// Pointers that a fusion does not ask for may be anything.
+using DecodeFunction = void (*)(const uint8_t* blob, const void* x, const void* residual,
+                                const int32_t* places, void* y, void* scattered, KernelArgs args);
 
-// The kernel for a number of 8-row columns of x (1, 2) and of tiles, null where there is none.
-DecodeFunction FindFloat16(int columns, int tiles);
-DecodeFunction FindBfloat16(int columns, int tiles);
+struct DecodeKernel {
+  DecodeFunction function;
+  const char* name;
+};
+
+// The kernel for a number of 8-row columns of x (1, 2) and of tiles (1 to kMaxTiles).
+DecodeKernel FindFloat16(int columns, int tiles);
+DecodeKernel FindBfloat16(int columns, int tiles);
 
 }  // namespace esparse::cuda
 

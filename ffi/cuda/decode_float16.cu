@@ -2,6 +2,10 @@
 
 namespace esparse::cuda {
 
-DecodeFunction FindFloat16(int columns, int tiles) { return FindDecode<__half>(columns, tiles); }
+ESPARSE_DECODE_INSTANCES(esparse_decode_float16, __half);
+
+DecodeKernel FindFloat16(int columns, int tiles) {
+  return esparse_decode_float16_kernels[columns - 1][tiles - 1];
+}
 
 }  // namespace esparse::cuda

@@ -142,9 +142,10 @@ __device__ __forceinline__ void WaitCopies(int pending) {
   }
 }
 
-// Programmatic dependent launch: the next kernel may start / the previous one has ended. With
-// overlap every block waits before it reads x or residual or writes y. W comes earlier: the kernel
-// before is one of ours, which does not write it and began when all earlier work had ended.
+// Programmatic dependent launch: the next kernel may start / the previous one has ended. Every
+// block waits before it reads x or residual or writes y. Without prefetch it waits before
+// everything, and lets the next one start only then, so that a next one may always prefetch its own
+// W: whatever came before both has ended.
 __device__ __forceinline__ void LetNextStart() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -160,7 +161,9 @@ __device__ __forceinline__ void WaitForPrevious() {
 // where resident), then the partial sums [warp][tile][column][lane][4], then sums of squares
 // [warp][row].
 template <typename T, int kColumns, int kTiles>
-__global__ void __launch_bounds__(kMaxWarps * 32) Decode(const __grid_constant__ KernelArgs p) {
+__device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, const T* residual,
+                                       const int32_t* places, T* y, T* scattered,
+                                       const KernelArgs& p) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
   const int block = blockIdx.x, channels = p.channels, rows = p.rows, depth = p.depth;
@@ -186,10 +189,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32) Decode(const __grid_constant__
   // A lane copies 16 bytes: of the values chunk lane % 8 of every fourth row, of the indices
   // sixteen bytes of the 32 channels lane / 4 % 4, of x sixteen bytes of every second row.
   const uint32_t width = channels;  // offsets in W have 32 bits: the handlers see to it
-  const uint8_t* values_from = p.blob + static_cast<size_t>((lane >> 3) * width + (lane & 7) * 16);
+  const uint8_t* values_from = blob + static_cast<size_t>((lane >> 3) * width + (lane & 7) * 16);
   const uint8_t* indices_from =
-      p.blob + static_cast<size_t>(p.out) * channels + ((lane >> 2) & 3) * 256 + (lane & 3) * 16;
-  const uint8_t* x_from = static_cast<const uint8_t*>(p.x) +
+      blob + static_cast<size_t>(p.out) * channels + ((lane >> 2) & 3) * 256 + (lane & 3) * 16;
+  const uint8_t* x_from = reinterpret_cast<const uint8_t*>(from_x) +
                           static_cast<size_t>(lane >> 4) * channels * 2 + (lane & 15) * 16;
   const int half_unit = channels & (kUnitChannels / 2) ? p.units - 1 : -1;
 
@@ -253,16 +256,17 @@ __global__ void __launch_bounds__(kMaxWarps * 32) Decode(const __grid_constant__
     }
   };
 
+  if (!p.prefetch) WaitForPrevious();
   LetNextStart();
   for (int d = 0; d < depth; ++d) {
     if (next_tile < last_tile) {
       load_weight(ring + d * slot_bytes);
-      if (!p.overlap) load_x(ring + d * slot_bytes);
+      if (!p.prefetch) load_x(ring + d * slot_bytes);
       advance();
     }
-    if (!p.overlap) CommitCopies();
+    if (!p.prefetch) CommitCopies();
   }
-  if (p.overlap) {
+  if (p.prefetch) {
     WaitForPrevious();
     next_tile = my_units > 0 ? first_tile : last_tile;
     next = 0;
@@ -297,6 +301,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) Decode(const __grid_constant__
   };
 
   const bool norm = p.fusion & kNorm, swiglu = p.fusion & kSwiglu, add = p.fusion & kResidual;
+  const bool scatter = p.fusion & kScatter;
   const int threads = blockDim.x;
   int slot = 0;
   for (int tile = first_tile; tile < last_tile; tile += kTiles) {
@@ -311,8 +316,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) Decode(const __grid_constant__
     auto load_residual = [&](int i) {
       const int m = (i >> 4) % (8 * kColumns), r = (i >> 4) / (8 * kColumns);
       return add && i < outputs && m < rows
-                 ? static_cast<const T*>(p.residual)[static_cast<size_t>(m) * p.out +
-                                                     (tile + r) * kTileRows + (i & 15)]
+                 ? residual[static_cast<size_t>(m) * p.out + (tile + r) * kTileRows + (i & 15)]
                  : T(0.0f);
     };
     T next_residual = load_residual(threadIdx.x);
@@ -418,7 +422,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) Decode(const __grid_constant__
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < outputs; i += threads) {
-      const T residual = next_residual;
+      const T added = next_residual;
       next_residual = load_residual(i + threads);
       const int row = i & 15, m = (i >> 4) % (8 * kColumns), r = (i >> 4) / (8 * kColumns);
       if (m >= rows || (swiglu && row >= 8)) continue;
@@ -445,7 +449,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32) Decode(const __grid_constant__
         value = value / (1 + __expf(-value)) * (up * scale);
         to = static_cast<size_t>(m) * (p.out / 2) + (tile + r) * 8 + row;
       }
-      Narrow(value + Widen(residual), static_cast<T*>(p.y) + to);
+      value += Widen(added);
+      Narrow(value, y + to);
+      if (scatter) {
+        Narrow(value,
+               scattered + static_cast<size_t>(m) * p.out + places[(tile + r) * kTileRows + row]);
+      }
     }
     if (tile + kTiles < last_tile) {
       if (p.sums_toggle == 0) {
@@ -457,30 +466,29 @@ __global__ void __launch_bounds__(kMaxWarps * 32) Decode(const __grid_constant__
   }
 }
 
-// The instance for a number of 8-row columns (1, 2) and of tiles; null for others.
-template <typename T>
-DecodeFunction FindDecode(int columns, int tiles) {
-  switch (columns * 10 + tiles) {
-    case 11:
-      return Decode<T, 1, 1>;
-    case 12:
-      return Decode<T, 1, 2>;
-    case 13:
-      return Decode<T, 1, 3>;
-    case 14:
-      return Decode<T, 1, 4>;
-    case 21:
-      return Decode<T, 2, 1>;
-    case 22:
-      return Decode<T, 2, 2>;
-    case 23:
-      return Decode<T, 2, 3>;
-    case 24:
-      return Decode<T, 2, 4>;
-    default:
-      return nullptr;
+// The instances of one dtype. They are extern "C", so that a loaded cubin can be asked for them.
+#define ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, TILES)                                          \
+  extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1) NAME##_##COLUMNS##_##TILES(   \
+      const uint8_t* blob, const void* x, const void* residual, const int32_t* places, void* y, \
+      void* scattered, const __grid_constant__ KernelArgs args) {                               \
+    Decode<T, COLUMNS, TILES>(blob, static_cast<const T*>(x), static_cast<const T*>(residual),  \
+                              places, static_cast<T*>(y), static_cast<T*>(scattered), args);    \
   }
-}
+#define ESPARSE_DECODE_COLUMNS(NAME, T, COLUMNS) \
+  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 1)     \
+  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 2)     \
+  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 3)     \
+  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 4)
+#define ESPARSE_DECODE_ENTRY(NAME, COLUMNS, TILES) \
+  {NAME##_##COLUMNS##_##TILES, #NAME "_" #COLUMNS "_" #TILES}
+#define ESPARSE_DECODE_ENTRIES(NAME, COLUMNS)                                      \
+  {ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 1), ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 2), \
+   ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 3), ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 4)}
+#define ESPARSE_DECODE_INSTANCES(NAME, T)                                                 \
+  ESPARSE_DECODE_COLUMNS(NAME, T, 1)                                                      \
+  ESPARSE_DECODE_COLUMNS(NAME, T, 2)                                                      \
+  constexpr DecodeKernel NAME##_kernels[2][kMaxTiles] = {ESPARSE_DECODE_ENTRIES(NAME, 1), \
+                                                         ESPARSE_DECODE_ENTRIES(NAME, 2)}
 
 }  // namespace esparse::cuda
 

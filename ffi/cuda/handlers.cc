@@ -2,13 +2,22 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cuda/decode.h"
+#include "cuda/decode_args.h"
 #include "status.h"
 #include "xla/ffi/api/ffi.h"
+#ifdef ESPARSE_CUBINS
+#include "cuda/cubins.h"
+#include "cuda/record.h"
+#endif
 
 namespace esparse::cuda {
 namespace {
@@ -96,7 +105,7 @@ ffi::ErrorOr<Plan> PlanOf(const ffi::Span<const int32_t>& fields) {
     }
     return false;
   };
-  if (!one_of(plan.tiles, {0, 1, 2, 3, 4}) || !one_of(plan.warps, {0, 4, 8, 16}) ||
+  if (plan.tiles < 0 || plan.tiles > kMaxTiles || !one_of(plan.warps, {0, 4, 8, 16}) ||
       !one_of(plan.blocks, {0, 1, 2}) || !one_of(plan.interleave, {0, 1, 2}) || plan.depth < 0 ||
       !one_of(plan.resident, {0, 1, 2})) {
     return ffi::Unexpected(InvalidArgument(
@@ -107,146 +116,358 @@ ffi::ErrorOr<Plan> PlanOf(const ffi::Span<const int32_t>& fields) {
   return plan;
 }
 
-ffi::Error Decode24Impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer blob,
-                        ffi::RemainingArgs others, ffi::Result<ffi::AnyBuffer> y,
-                        ffi::RemainingRets scratches, int32_t fusion, float epsilon,
-                        ffi::Span<const int32_t> plan_fields) {
-  ESPARSE_RETURN_IF_ERROR(CheckX(x));
-  const int64_t rows = x.dimensions()[0], channels = x.dimensions()[1];
-  if (fusion < 0 || fusion > (kNorm | kSwiglu | kResidual | kPermute) ||
-      ((fusion & kSwiglu) && (fusion & kResidual))) {
+// The buffers of a product; null for those that its fusion does not ask for.
+struct Operands {
+  const ffi::AnyBuffer* x;
+  const ffi::AnyBuffer* blob;
+  const ffi::AnyBuffer* residual;
+  const ffi::AnyBuffer* permutation;
+  const ffi::AnyBuffer* places;
+  const ffi::AnyBuffer* y;
+  const ffi::AnyBuffer* scratch;
+  const ffi::AnyBuffer* scattered;
+};
+
+ffi::Error CheckOrder(const char* name, const ffi::AnyBuffer& buffer, int64_t size) {
+  if (buffer.element_type() != ffi::S32 || buffer.dimensions().size() != 1 ||
+      buffer.dimensions()[0] != size) {
+    return InvalidArgument("the ", name, " of the 2:4 decode product must be S32[", size, "]; got ",
+                           Describe(buffer), ".");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error CheckFusion(int32_t fusion) {
+  const bool alone = (fusion & kSwiglu) && (fusion & (kResidual | kScatter));
+  if ((fusion & ~kAllFusions) != 0 || alone) {
     return InvalidArgument("fusion adds up ", kNorm, " (norm), ", kSwiglu, " (SwiGLU), ", kResidual,
-                           " (residual) and ", kPermute,
-                           " (permutation), and SwiGLU takes no residual; got ", fusion, ".");
+                           " (residual), ", kPermute, " (permutation) and ", kScatter,
+                           " (scatter), and SwiGLU takes neither residual nor scatter; got ",
+                           fusion, ".");
   }
-  if (y->dimensions().size() != 2) {
-    return InvalidArgument("y must be [row, out]; got ", Describe(*y), ".");
+  return ffi::Error::Success();
+}
+
+// Checks every buffer and fills in the product.
+ffi::Error MakeProduct(const Operands& given, int32_t fusion, float epsilon, Product* product) {
+  const ffi::AnyBuffer &x = *given.x, &y = *given.y;
+  ESPARSE_RETURN_IF_ERROR(CheckX(x));
+  ESPARSE_RETURN_IF_ERROR(CheckFusion(fusion));
+  const int64_t rows = x.dimensions()[0], channels = x.dimensions()[1];
+  if (y.dimensions().size() != 2) {
+    return InvalidArgument("y must be [row, out]; got ", Describe(y), ".");
   }
-  const int64_t columns = y->dimensions()[1];
+  const int64_t columns = y.dimensions()[1];
   const int64_t out = fusion & kSwiglu ? 2 * columns : columns;
-  ESPARSE_RETURN_IF_ERROR(CheckMatrix("y", *y, rows, columns, x.element_type()));
-  ESPARSE_RETURN_IF_ERROR(CheckBlob("blob", blob, out, channels));
-
-  Product product = {};
-  product.blob = blob.untyped_data();
-  product.x = x.untyped_data();
-  product.y = y->untyped_data();
-  product.rows = rows;
-  product.out = out;
-  product.channels = channels;
-  product.dtype = DtypeOf(x);
-  product.fusion = fusion;
-  product.epsilon = epsilon;
-
-  const size_t expected = ((fusion & kResidual) != 0) + ((fusion & kPermute) != 0);
-  if (others.size() != expected || scratches.size() != ((fusion & kPermute) != 0)) {
-    return InvalidArgument("fusion ", fusion, " takes ", expected,
-                           " arguments after the blob; got ", others.size(), ", and ",
-                           scratches.size(), " results after y.");
-  }
-  size_t at = 0;
+  ESPARSE_RETURN_IF_ERROR(CheckMatrix("y", y, rows, columns, x.element_type()));
+  ESPARSE_RETURN_IF_ERROR(CheckBlob("blob", *given.blob, out, channels));
+  *product = {};
+  product->blob = given.blob->untyped_data();
+  product->x = x.untyped_data();
+  product->y = y.untyped_data();
+  product->rows = rows;
+  product->out = out;
+  product->channels = channels;
+  product->dtype = DtypeOf(x);
+  product->fusion = fusion;
+  product->epsilon = epsilon;
   if (fusion & kResidual) {
-    auto residual = others.get<ffi::AnyBuffer>(at++);
-    if (!residual.has_value()) return residual.error();
-    ESPARSE_RETURN_IF_ERROR(CheckMatrix("residual", *residual, rows, out, x.element_type()));
-    product.residual = residual->untyped_data();
+    ESPARSE_RETURN_IF_ERROR(CheckMatrix("residual", *given.residual, rows, out, x.element_type()));
+    product->residual = given.residual->untyped_data();
   }
   if (fusion & kPermute) {
-    auto permutation = others.get<ffi::AnyBuffer>(at++);
-    if (!permutation.has_value()) return permutation.error();
-    if (permutation->element_type() != ffi::S32 || permutation->dimensions().size() != 1 ||
-        permutation->dimensions()[0] != channels) {
-      return InvalidArgument("the permutation of x ", Describe(x), " must be S32[", channels,
-                             "]; got ", Describe(*permutation), ".");
-    }
-    auto scratch = scratches.get<ffi::AnyBuffer>(0);
-    if (!scratch.has_value()) return scratch.error();
-    ESPARSE_RETURN_IF_ERROR(CheckMatrix("scratch", **scratch, rows, channels, x.element_type()));
-    ESPARSE_RETURN_IF_ERROR(CheckAligned("scratch", **scratch));
-    product.permutation = static_cast<const int32_t*>(permutation->untyped_data());
-    product.scratch = (*scratch)->untyped_data();
+    ESPARSE_RETURN_IF_ERROR(CheckOrder("permutation", *given.permutation, channels));
+    ESPARSE_RETURN_IF_ERROR(
+        CheckMatrix("scratch", *given.scratch, rows, channels, x.element_type()));
+    ESPARSE_RETURN_IF_ERROR(CheckAligned("scratch", *given.scratch));
+    product->permutation = static_cast<const int32_t*>(given.permutation->untyped_data());
+    product->scratch = given.scratch->untyped_data();
   }
+  if (fusion & kScatter) {
+    ESPARSE_RETURN_IF_ERROR(CheckOrder("places", *given.places, out));
+    ESPARSE_RETURN_IF_ERROR(
+        CheckMatrix("scattered", *given.scattered, rows, out, x.element_type()));
+    product->places = static_cast<const int32_t*>(given.places->untyped_data());
+    product->scattered = given.scattered->untyped_data();
+  }
+  return ffi::Error::Success();
+}
 
+// A call's buffers as one list, arguments before results.
+ffi::Error Gather(const ffi::RemainingArgs& arguments, const ffi::RemainingRets& results,
+                  std::vector<ffi::AnyBuffer>* buffers) {
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    auto buffer = arguments.get<ffi::AnyBuffer>(i);
+    if (!buffer.has_value()) return buffer.error();
+    buffers->push_back(*buffer);
+  }
+  for (size_t i = 0; i < results.size(); ++i) {
+    auto buffer = results.get<ffi::AnyBuffer>(i);
+    if (!buffer.has_value()) return buffer.error();
+    buffers->push_back(**buffer);
+  }
+  return ffi::Error::Success();
+}
+
+// The one product of a call: x, blob, then what the fusion asks for of residual, permutation,
+// places; results y, then scratch (permutation), scattered (places).
+ffi::Error OneProduct(const ffi::RemainingArgs& arguments, const ffi::RemainingRets& results,
+                      int32_t fusion, float epsilon, Product* product) {
+  ESPARSE_RETURN_IF_ERROR(CheckFusion(fusion));
+  const bool residual = fusion & kResidual, permute = fusion & kPermute,
+             scatter = fusion & kScatter;
+  const size_t expected = 2 + residual + permute + scatter,
+               expected_results = 1 + permute + scatter;
+  if (arguments.size() != expected || results.size() != expected_results) {
+    return InvalidArgument("fusion ", fusion, " takes ", expected, " arguments and ",
+                           expected_results, " results; got ", arguments.size(), " and ",
+                           results.size(), ".");
+  }
+  std::vector<ffi::AnyBuffer> buffers;
+  ESPARSE_RETURN_IF_ERROR(Gather(arguments, results, &buffers));
+  size_t next = 0;
+  const auto take = [&](bool there) { return there ? &buffers[next++] : nullptr; };
+  Operands operands;
+  operands.x = take(true);
+  operands.blob = take(true);
+  operands.residual = take(residual);
+  operands.permutation = take(permute);
+  operands.places = take(scatter);
+  operands.y = take(true);
+  operands.scratch = take(permute);
+  operands.scattered = take(scatter);
+  return MakeProduct(operands, fusion, epsilon, product);
+}
+
+Start StartOf(bool prefetch) { return prefetch ? Start::kPrefetch : Start::kAlone; }
+
+ffi::Error Decode24Impl(cudaStream_t stream, ffi::RemainingArgs arguments,
+                        ffi::RemainingRets results, int32_t fusion, float epsilon, bool prefetch,
+                        ffi::Span<const int32_t> plan_fields) {
+  Product product;
+  ESPARSE_RETURN_IF_ERROR(OneProduct(arguments, results, fusion, epsilon, &product));
   ffi::ErrorOr<Plan> plan = PlanOf(plan_fields);
   if (!plan.has_value()) return plan.error();
-  return ToError(Launch(product, *plan, /*overlap=*/false, stream), "the 2:4 decode product");
-}
-
-ffi::Error Mlp24Impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer gate_up,
-                     ffi::AnyBuffer down, ffi::Result<ffi::AnyBuffer> y,
-                     ffi::Result<ffi::AnyBuffer> hidden, float epsilon,
-                     ffi::Span<const int32_t> gate_up_plan, ffi::Span<const int32_t> down_plan) {
-  ESPARSE_RETURN_IF_ERROR(CheckX(x));
-  const int64_t rows = x.dimensions()[0], channels = x.dimensions()[1];
-  if (hidden->dimensions().size() != 2) {
-    return InvalidArgument("hidden must be [row, channel]; got ", Describe(*hidden), ".");
-  }
-  const int64_t inner = hidden->dimensions()[1];
-  if (inner % kShapeUnit != 0) {
-    return InvalidArgument("the 2:4 decode product needs channels that are a multiple of ",
-                           kShapeUnit, "; got hidden ", Describe(*hidden), ".");
-  }
-  ESPARSE_RETURN_IF_ERROR(CheckMatrix("hidden", *hidden, rows, inner, x.element_type()));
-  ESPARSE_RETURN_IF_ERROR(CheckMatrix("y", *y, rows, channels, x.element_type()));
-  ESPARSE_RETURN_IF_ERROR(CheckBlob("gate_up", gate_up, 2 * inner, channels));
-  ESPARSE_RETURN_IF_ERROR(CheckBlob("down", down, channels, inner));
-  ESPARSE_RETURN_IF_ERROR(CheckAligned("hidden", *hidden));
-
-  Product first = {};
-  first.blob = gate_up.untyped_data();
-  first.x = x.untyped_data();
-  first.y = hidden->untyped_data();
-  first.rows = rows;
-  first.out = 2 * inner;
-  first.channels = channels;
-  first.dtype = DtypeOf(x);
-  first.fusion = kNorm | kSwiglu;
-  first.epsilon = epsilon;
-  Product second = first;
-  second.blob = down.untyped_data();
-  second.x = first.y;
-  second.residual = x.untyped_data();
-  second.y = y->untyped_data();
-  second.out = channels;
-  second.channels = inner;
-  second.fusion = kResidual;
-
-  ffi::ErrorOr<Plan> first_plan = PlanOf(gate_up_plan);
-  if (!first_plan.has_value()) return first_plan.error();
-  ffi::ErrorOr<Plan> second_plan = PlanOf(down_plan);
-  if (!second_plan.has_value()) return second_plan.error();
-  // Whatever ran before may have written the weights, so the first kernel waits for it as usual.
+  // While XLA traces a call, its kernels make a graph of their own, with no kernel before them to
+  // overlap with: fetching W apart from x would only cost.
+  cudaStreamCaptureStatus capture;
   ESPARSE_RETURN_IF_ERROR(
-      ToError(Launch(first, *first_plan, /*overlap=*/false, stream), "gate and up of the 2:4 MLP"));
-  return ToError(Launch(second, *second_plan, /*overlap=*/true, stream), "down of the 2:4 MLP");
+      ToError(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing"));
+  const Start start = StartOf(prefetch && capture == cudaStreamCaptureStatusNone);
+  return ToError(Launch(product, *plan, start, stream), "the 2:4 decode product");
 }
+
+// One product of a chain, as numbers: buffers are counted over the arguments and then the results,
+// -1 for none.
+struct ChainStep {
+  int32_t x, blob, residual, places, y, scattered;
+  int32_t fusion;
+  int32_t plan[kPlanFields];
+};
+constexpr size_t kStepFields = sizeof(ChainStep) / sizeof(int32_t);
+
+ffi::Error Chain24Impl(cudaStream_t stream, ffi::RemainingArgs arguments,
+                       ffi::RemainingRets results, float epsilon, bool prefetch,
+                       ffi::Span<const int32_t> fields) {
+  if (fields.size() == 0 || fields.size() % kStepFields != 0) {
+    return InvalidArgument("a chain has ", kStepFields, " numbers a step; got ", fields.size(),
+                           ".");
+  }
+  std::vector<ffi::AnyBuffer> buffers;
+  ESPARSE_RETURN_IF_ERROR(Gather(arguments, results, &buffers));
+  // All steps are checked before the first is queued.
+  std::vector<std::pair<Product, Plan>> steps;
+  for (size_t at = 0; at < fields.size(); at += kStepFields) {
+    ChainStep step;
+    std::memcpy(&step, fields.begin() + at, sizeof(step));
+    ESPARSE_RETURN_IF_ERROR(CheckFusion(step.fusion));
+    if (step.fusion & kPermute) {
+      return InvalidArgument("a product in a chain reads no permutation: the one before scatters.");
+    }
+    const auto find = [&](int32_t index, bool needed, bool written, const ffi::AnyBuffer** buffer) {
+      *buffer = nullptr;
+      if (!needed && index == -1) return true;
+      const bool inside = index >= (written ? static_cast<int32_t>(arguments.size()) : 0) &&
+                          index < static_cast<int32_t>(buffers.size());
+      if (inside) *buffer = &buffers[index];
+      return inside;
+    };
+    Operands operands = {};
+    const bool residual = step.fusion & kResidual, scatter = step.fusion & kScatter;
+    if (!find(step.x, true, false, &operands.x) || !find(step.blob, true, false, &operands.blob) ||
+        !find(step.residual, residual, false, &operands.residual) ||
+        !find(step.places, scatter, false, &operands.places) ||
+        !find(step.y, true, true, &operands.y) ||
+        !find(step.scattered, scatter, true, &operands.scattered)) {
+      return InvalidArgument("step ", at / kStepFields, " of a chain names a buffer that is not ",
+                             "there: the call has ", arguments.size(), " arguments and ",
+                             results.size(), " results.");
+    }
+    Product product;
+    ESPARSE_RETURN_IF_ERROR(MakeProduct(operands, step.fusion, epsilon, &product));
+    ffi::ErrorOr<Plan> plan = PlanOf(ffi::Span<const int32_t>(step.plan, kPlanFields));
+    if (!plan.has_value()) return plan.error();
+    steps.emplace_back(product, *plan);
+  }
+  for (size_t i = 0; i < steps.size(); ++i) {
+    // Whatever ran before may have written the weights, unless the caller knows better; from the
+    // second step on it is known that nothing earlier is left to run.
+    const Start start = StartOf(prefetch || i > 0);
+    ESPARSE_RETURN_IF_ERROR(ToError(Launch(steps[i].first, steps[i].second, start, stream),
+                                    "a product of a 2:4 chain"));
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error ToError(const XLA_FFI_Api* api, XLA_FFI_Error* error, const char* what) {
+  if (error == nullptr) return ffi::Error::Success();
+  std::string text = std::string(what) + ": " + ffi::internal::GetErrorMessage(api, error);
+  ffi::internal::DestroyError(api, error);
+  return ffi::Error::Internal(std::move(text));
+}
+
+#ifdef ESPARSE_CUBINS
+ffi::Error Record24Impl(record::Recorder recorder, ffi::RemainingArgs arguments,
+                        ffi::RemainingRets results, int32_t fusion, float epsilon, bool prefetch,
+                        ffi::Span<const int32_t> plan_fields) {
+  Product product;
+  ESPARSE_RETURN_IF_ERROR(OneProduct(arguments, results, fusion, epsilon, &product));
+  ffi::ErrorOr<Plan> plan = PlanOf(plan_fields);
+  if (!plan.has_value()) return plan.error();
+  const record::Frame& frame = *recorder.frame;
+  int device, major, minor;
+  for (const cudaError_t status :
+       {cudaGetDevice(&device),
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)}) {
+    ESPARSE_RETURN_IF_ERROR(ToError(status, "asking for the compute capability"));
+  }
+  if (major != kCubinMajor || minor != kCubinMinor || (fusion & kPermute)) {
+    return ToError(recorder.ffi, frame.api->request_stream_capture(frame.context),
+                   "XLA's request_stream_capture");
+  }
+  KernelLaunch launch;
+  const Start start = prefetch ? Start::kPrefetch : Start::kEarly;
+  ESPARSE_RETURN_IF_ERROR(
+      ToError(Prepare(product, *plan, start, &launch), "the 2:4 decode product"));
+  const auto pointer = [](const void* address) {
+    return record::KernelArg{address, 0, record::ArgType::kDevicePointer};
+  };
+  // A pointer that the fusion does not ask for is never followed; XLA wants one all the same.
+  const auto or_x = [&](const void* address) { return address == nullptr ? launch.x : address; };
+  const record::KernelArg list[] = {
+      pointer(launch.blob),
+      pointer(launch.x),
+      pointer(or_x(launch.residual)),
+      pointer(or_x(launch.places)),
+      pointer(launch.y),
+      pointer(or_x(launch.scattered)),
+      {launch.args.data(), kKernelArgsBytes, record::ArgType::kHostValue}};
+  const record::KernelArgList kernel_args = {list, sizeof(list) / sizeof(list[0])};
+  if (frame.action == record::Action::kUpdate) {
+    if (*frame.num_commands != 1) {
+      return ffi::Error::Internal("XLA updates a recorded 2:4 product that has no single command.");
+    }
+    return ToError(recorder.ffi,
+                   frame.api->update_launch(frame.context, frame.commands[0], &kernel_args),
+                   "XLA's update_launch");
+  }
+  if (*frame.num_commands >= frame.max_commands) {
+    return ffi::Error::Internal("XLA gives a recorded 2:4 product no room for its command.");
+  }
+  const Cubin cubin = DecodeCubin(product.dtype);
+  const record::LaunchDims dims = {{launch.grid, 1, 1}, {launch.threads, 1, 1}, {0, 0, 0}};
+  const record::Command* command = nullptr;
+  ESPARSE_RETURN_IF_ERROR(ToError(
+      recorder.ffi,
+      frame.api->create_launch(frame.context, launch.name, cubin.data,
+                               static_cast<int64_t>(cubin.size), record::SourceFormat::kCubin, dims,
+                               launch.shared, /*uses_pdl=*/1, &kernel_args, nullptr, 0, &command),
+      "XLA's create_launch"));
+  frame.commands[(*frame.num_commands)++] = command;
+  return ffi::Error::Success();
+}
+#endif  // ESPARSE_CUBINS
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Decode24, Decode24Impl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ffi::AnyBuffer>()  // x [row, channel]
-                                  .Arg<ffi::AnyBuffer>()  // blob U8[out * channel * 9 / 8]
-                                  .RemainingArgs()  // residual [row, out], permutation S32[channel]
-                                  .Ret<ffi::AnyBuffer>()  // y [row, out], SwiGLU: [row, out / 2]
-                                  .RemainingRets()        // scratch [row, channel]
+                                  .RemainingArgs()  // x, blob, residual?, permutation?, places?
+                                  .RemainingRets()  // y, scratch?, scattered?
                                   .Attr<int32_t>("fusion")
                                   .Attr<float>("epsilon")
+                                  .Attr<bool>("prefetch")
                                   .Attr<ffi::Span<const int32_t>>("plan"),
                               {ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Mlp24, Mlp24Impl,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Chain24, Chain24Impl,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<ffi::AnyBuffer>()  // x [row, channel]
-                                  .Arg<ffi::AnyBuffer>()  // gate_up U8[2 * inner * channel * 9 / 8]
-                                  .Arg<ffi::AnyBuffer>()  // down U8[channel * inner * 9 / 8]
-                                  .Ret<ffi::AnyBuffer>()  // y [row, channel]
-                                  .Ret<ffi::AnyBuffer>()  // hidden [row, inner]
+                                  .RemainingArgs()
+                                  .RemainingRets()
                                   .Attr<float>("epsilon")
-                                  .Attr<ffi::Span<const int32_t>>("gate_up_plan")
-                                  .Attr<ffi::Span<const int32_t>>("down_plan"),
+                                  .Attr<bool>("prefetch")
+                                  .Attr<ffi::Span<const int32_t>>("steps"),
                               {ffi::Traits::kCmdBufferCompatible});
+
+#ifdef ESPARSE_CUBINS
+namespace {
+
+XLA_FFI_DEFINE_HANDLER(kRecord24, Record24Impl,
+                       ffi::Ffi::Bind()
+                           .Ctx<record::Recorder>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attr<int32_t>("fusion")
+                           .Attr<float>("epsilon")
+                           .Attr<bool>("prefetch")
+                           .Attr<ffi::Span<const int32_t>>("plan"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+// The record stage. The headers know no such stage, so the call is passed on as one that executes;
+// what XLA asks of a handler when it registers it is passed on as it is.
+XLA_FFI_Error* Record24(XLA_FFI_CallFrame* frame) {
+  if (frame->extension_start != nullptr) return kRecord24(frame);
+  XLA_FFI_CallFrame executed = *frame;
+  executed.stage = XLA_FFI_ExecutionStage_EXECUTE;
+  return kRecord24(&executed);
+}
+
+XLA_FFI_Error* Refusal(const XLA_FFI_Api* api, const char* message) {
+  XLA_FFI_Error_Create_Args args = {};
+  args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
+  args.message = message;
+  args.errc = XLA_FFI_Error_Code_UNIMPLEMENTED;
+  return api->XLA_FFI_Error_Create(&args);
+}
+
+ffi::Error NotCalledImpl() {
+  return ffi::Error::Internal("this target only registers another one; nothing calls it.");
+}
+XLA_FFI_DEFINE_HANDLER(kNotCalled, NotCalledImpl, ffi::Ffi::Bind());
+
+}  // namespace
+
+XLA_FFI_Error* RegisterRecorded(XLA_FFI_CallFrame* frame) {
+  if (frame->extension_start != nullptr && frame->api != nullptr) {
+    if (frame->api->api_version.minor_version < record::kLeastApiMinor) {
+      return Refusal(frame->api, "XLA's FFI API has no record stage before version 0.4.");
+    }
+    record::RegisterArgs args = {};
+    args.struct_size = offsetof(record::RegisterArgs, traits) + sizeof(args.traits);
+    args.name = {kRecordedTarget, std::strlen(kRecordedTarget)};
+    args.platform = {"CUDA", 4};
+    args.bundle.execute = Decode24;
+    args.bundle.record = Record24;
+    args.traits = XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE;
+    XLA_FFI_Error* error = frame->api->XLA_FFI_Handler_Register(
+        reinterpret_cast<XLA_FFI_Handler_Register_Args*>(&args));
+    if (error != nullptr) return error;
+  }
+  return kNotCalled(frame);
+}
+#endif  // ESPARSE_CUBINS
 
 }  // namespace esparse::cuda

@@ -1,4 +1,4 @@
-// XLA's entry points to the decode kernel.
+// XLA's entry points to the CUDA kernels.
 #ifndef ESPARSE_FFI_CUDA_HANDLERS_H_
 #define ESPARSE_FFI_CUDA_HANDLERS_H_
 
@@ -7,12 +7,25 @@
 namespace esparse::cuda {
 
 // One product; see Fusion for what may stand around it. Arguments x, blob, then those that the
-// fusion asks for: residual, permutation. Results y and, with a permutation, scratch like x.
+// fusion asks for: residual, permutation, places. Results y, then scratch (permutation), scattered
+// (places).
 XLA_FFI_DECLARE_HANDLER_SYMBOL(Decode24);
 
-// norm -> gate and up -> SwiGLU -> down -> residual: two products that overlap. Arguments x (also
-// the residual), blob of gate and up, blob of down; results y and the hidden activations.
-XLA_FFI_DECLARE_HANDLER_SYMBOL(Mlp24);
+// Several products, the later ones reading what the earlier ones write, which overlap: from the
+// second on, a weight is requested before the product before it has ended.
+XLA_FFI_DECLARE_HANDLER_SYMBOL(Chain24);
+
+// Twice the sums over rows of the greater of two scores; see max_sum.h.
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MaxSum32);
+
+#ifdef ESPARSE_CUBINS
+// A product that XLA records instead of tracing it. `jax.ffi` cannot register a record stage (0.11
+// takes one and drops it), so RegisterRecorded is what it registers: when XLA asks that handler who
+// it is, it registers kRecordedTarget with the API that XLA came with. Where that is older than
+// 0.4, it refuses.
+constexpr const char* kRecordedTarget = "esparse_decode24_recorded_v1";
+extern "C" XLA_FFI_Error* RegisterRecorded(XLA_FFI_CallFrame* frame);
+#endif
 
 }  // namespace esparse::cuda
 

@@ -2,12 +2,10 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-#include <memory>
 #include <string>
-#include <type_traits>
 #include <utility>
-#include <vector>
+
+#include "cuda/timing.h"
 
 namespace esparse::cusparselt {
 namespace {
@@ -19,19 +17,6 @@ ffi::Error ToError(cudaError_t status, const char* call) {
 }
 
 #define ESPARSE_CUDA_CALL(name, ...) ESPARSE_RETURN_IF_ERROR(ToError(name(__VA_ARGS__), #name))
-
-// Owners of the runtime's objects.
-template <typename Object, cudaError_t (*destroy)(Object)>
-struct Destroy {
-  using pointer = Object;
-  void operator()(Object object) const { destroy(object); }
-};
-template <typename Object, cudaError_t (*destroy)(Object)>
-using Owned = std::unique_ptr<std::remove_pointer_t<Object>, Destroy<Object, destroy>>;
-using OwnedStream = Owned<cudaStream_t, cudaStreamDestroy>;
-using OwnedGraph = Owned<cudaGraph_t, cudaGraphDestroy>;
-using OwnedExecutable = Owned<cudaGraphExec_t, cudaGraphExecDestroy>;
-using OwnedEvent = Owned<cudaEvent_t, cudaEventDestroy>;
 
 // Makes a GPU current, and the one before again at the end.
 class CurrentDevice {
@@ -93,55 +78,12 @@ ffi::ErrorOr<double> TimeCandidate(SharedLibrary library, int32_t device,
       plan, Plan::Create(std::move(library), candidate.problem, candidate.algorithm));
   ESPARSE_RETURN_IF_ERROR(Check(candidate, plan, launches, replays));
 
-  cudaStream_t raw_stream = nullptr;
-  ESPARSE_CUDA_CALL(cudaStreamCreateWithFlags, &raw_stream, cudaStreamNonBlocking);
-  const OwnedStream stream(raw_stream);
-  const auto launch = [&](int64_t copy) {
+  const auto launch = [&](int64_t i, cudaStream_t stream) {
+    const int64_t copy = i % candidate.copies;
     const auto* blob = static_cast<const uint8_t*>(candidate.blobs) + copy * plan.blob_bytes();
-    return plan.Run(blob, candidate.x, candidate.y, candidate.workspace, stream.get());
+    return plan.Run(blob, candidate.x, candidate.y, candidate.workspace, stream);
   };
-  // Once outside a graph: what the library does on the first launch only belongs there, and a
-  // kernel that fails is told from a graph that does.
-  ESPARSE_RETURN_IF_ERROR(launch(0));
-  ESPARSE_CUDA_CALL(cudaStreamSynchronize, stream.get());
-
-  // The mode of XLA's own captures: other threads may go on allocating.
-  ESPARSE_CUDA_CALL(cudaStreamBeginCapture, stream.get(), cudaStreamCaptureModeThreadLocal);
-  ffi::Error launched = ffi::Error::Success();
-  for (int64_t i = 0; i < launches && launched.success(); ++i) {
-    launched = launch(i % candidate.copies);
-  }
-  cudaGraph_t raw_graph = nullptr;
-  const cudaError_t captured = cudaStreamEndCapture(stream.get(), &raw_graph);
-  const OwnedGraph graph(raw_graph);
-  ESPARSE_RETURN_IF_ERROR(std::move(launched));
-  ESPARSE_RETURN_IF_ERROR(ToError(captured, "cudaStreamEndCapture"));
-  cudaGraphExec_t raw_executable = nullptr;
-  ESPARSE_CUDA_CALL(cudaGraphInstantiateWithFlags, &raw_executable, graph.get(), /*flags=*/0);
-  const OwnedExecutable executable(raw_executable);
-
-  cudaEvent_t raw_begin = nullptr, raw_end = nullptr;
-  ESPARSE_CUDA_CALL(cudaEventCreate, &raw_begin);
-  const OwnedEvent begin(raw_begin);
-  ESPARSE_CUDA_CALL(cudaEventCreate, &raw_end);
-  const OwnedEvent end(raw_end);
-  constexpr int32_t kWarm = 2;
-  std::vector<float> milliseconds;
-  for (int32_t i = 0; i < kWarm + replays; ++i) {
-    ESPARSE_CUDA_CALL(cudaEventRecord, begin.get(), stream.get());
-    ESPARSE_CUDA_CALL(cudaGraphLaunch, executable.get(), stream.get());
-    ESPARSE_CUDA_CALL(cudaEventRecord, end.get(), stream.get());
-    ESPARSE_CUDA_CALL(cudaEventSynchronize, end.get());
-    float time = 0;
-    ESPARSE_CUDA_CALL(cudaEventElapsedTime, &time, begin.get(), end.get());
-    if (i >= kWarm) milliseconds.push_back(time);
-  }
-  std::sort(milliseconds.begin(), milliseconds.end());
-  const size_t half = milliseconds.size() / 2;
-  const double median = milliseconds.size() % 2 == 1
-                            ? milliseconds[half]
-                            : (milliseconds[half - 1] + milliseconds[half]) / 2.0;
-  return 1000.0 * median / launches;
+  return cuda::TimeGraph(launch, launches, replays);
 }
 
 }  // namespace esparse::cusparselt

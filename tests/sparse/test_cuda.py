@@ -1,5 +1,6 @@
 """The decode kernel: its lowering and its plain twins anywhere, its numbers on an NVIDIA GPU."""
 
+import dataclasses
 import functools
 import logging
 
@@ -10,6 +11,7 @@ import pytest
 
 from esparse_jax.sparse import (
     Blob24,
+    ChainWeights,
     _ffi_cuda,
     _ffi_cusparselt,
     blob24,
@@ -19,13 +21,15 @@ from esparse_jax.sparse import (
     fused_matmul,
     fused_matmul_reference,
     interleave_gate_up,
+    sparse_chain,
+    sparse_chain_reference,
     sparse_matmul,
     sparse_mlp,
     sparse_mlp_reference,
 )
 from esparse_jax.sparse import matmul as matmul_file
 
-DECODE, MLP = "esparse_decode24_cuda_v1", "esparse_mlp24_cuda_v1"
+DECODE, CHAIN = "esparse_decode24_cuda_v2", "esparse_chain24_cuda_v1"
 
 needs_build = pytest.mark.skipif(
     not _ffi_cuda.decode_available(), reason="the extension was built without its CUDA part"
@@ -47,8 +51,27 @@ def _x(rows, channels, dtype=jnp.float16, seed=0):
     return jnp.asarray(x, dtype)
 
 
+def _order(size, seed=5):
+    return jnp.asarray(np.random.default_rng(seed).permutation(size).astype(np.int32))
+
+
+def _chain_operands(dtype, rows, *, shuffled, last, sizes=(128, 64, 256, 192)):
+    """Operands of a chain: channels of the stream, features of attention, inner width, qkv."""
+    channels, features, inner, qkv = sizes
+    gate, up = (compressed24_of(_blob((inner, channels), dtype, seed=s)) for s in (1, 2))
+    weights = ChainWeights(
+        o=_blob((channels, features), dtype, seed=3),
+        gate_up=blob24(interleave_gate_up(gate, up)),
+        down=_blob((channels, inner), dtype, seed=4),
+        qkv=None if last else _blob((qkv, channels), dtype, seed=5),
+        gate_up_places=_order(channels, 6) if shuffled else None,
+        qkv_places=_order(channels, 7) if shuffled else None,
+    )
+    return _x(rows, features, dtype), _x(rows, channels, dtype, seed=1), weights
+
+
 def _lowered_for_cuda(function, *arguments) -> str:
-    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (DECODE, MLP)]
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (DECODE, CHAIN)]
     exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)
     return exported(*arguments).mlir_module()
 
@@ -92,7 +115,7 @@ def test_an_mlp_lowers_to_one_call():
     text = _lowered_for_cuda(
         lambda *a: sparse_mlp(*a, epsilon=1e-5), _x(4, 64), _blob((256, 64)), _blob((64, 128))
     )
-    assert text.count(MLP) == 1
+    assert text.count(CHAIN) == 1
     assert "dot_general" not in text
 
 
@@ -109,6 +132,26 @@ def test_a_permutation_takes_a_scratch_result():
 
 
 @needs_build
+def test_places_take_a_second_result():
+    text = _lowered_for_cuda(
+        lambda x, b, p: fused_matmul(x, b, places=p), _x(4, 64), _blob((128, 64)), _order(128)
+    )
+    assert text.count(DECODE) == 1
+    assert "-> (tensor<4x128xf16>, tensor<4x128xf16>)" in text
+
+
+@needs_build
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_chain_lowers_to_one_call(shuffled, last):
+    attended, hidden, weights = _chain_operands(jnp.float16, 4, shuffled=shuffled, last=last)
+    text = _lowered_for_cuda(lambda *a: sparse_chain(*a, epsilon=1e-5), attended, hidden, weights)
+    assert text.count(CHAIN) == 1
+    assert "dot_general" not in text
+    assert "gather" not in text
+
+
+@needs_build
 def test_the_kernel_is_refused_where_it_cannot_run():
     with pytest.raises(ValueError, match="1 to 16 rows; got 17"):
         jax.eval_shape(lambda: sparse_matmul(_x(17, 64), _blob((64, 64)), backend="decode"))
@@ -119,7 +162,7 @@ def test_the_kernel_is_refused_where_it_cannot_run():
 
 
 def test_without_the_cuda_part_the_way_to_get_it_is_named(monkeypatch):
-    monkeypatch.setattr(_ffi_cuda._ffi, "_extension", lambda: None)
+    monkeypatch.setattr(_ffi_cuda.native, "extension", lambda: None)
     assert not _ffi_cuda.decode_available()
     with pytest.raises(RuntimeError, match="ESPARSE_CUDA=ON"):
         _ffi_cuda.decode(_x(1, 64), _blob((64, 64)).data, out=64)
@@ -156,7 +199,9 @@ def test_a_slow_path_on_the_gpu_is_logged_once(no_library, slow_paths, rows, for
 # ---- plain twins: what the kernels are compared with on a GPU, and the path everywhere else
 
 
-def _slow_product(x, blob, permutation=None, norm_epsilon=None, swiglu=False, residual=None):
+def _slow_product(
+    x, blob, permutation=None, norm_epsilon=None, swiglu=False, residual=None, places=None
+):
     """Float64 numpy, a formula at a time."""
     x = np.asarray(x, np.float64)
     weight = np.asarray(decompress24(compressed24_of(blob)), np.float64)
@@ -169,10 +214,15 @@ def _slow_product(x, blob, permutation=None, norm_epsilon=None, swiglu=False, re
         rows = np.arange(y.shape[1])
         gate, up = y[:, rows % 16 < 8], y[:, rows % 16 >= 8]
         y = gate / (1 + np.exp(-gate)) * up
-    return y if residual is None else y + np.asarray(residual, np.float64)
+    if residual is not None:
+        y = y + np.asarray(residual, np.float64)
+    if places is None:
+        return y
+    return np.stack([y, y[:, np.argsort(np.asarray(places))]])
 
 
 def _relative(got, want):
+    got = np.stack(got) if isinstance(got, tuple) else got
     return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
 
 
@@ -191,6 +241,8 @@ def _variants(rows, shape, dtype):
         {"norm_epsilon": 1e-5, "residual": residual},
         {"norm_epsilon": 1e-5, "swiglu": True},
         {"norm_epsilon": 1e-2, "permutation": jnp.asarray(permutation), "residual": residual},
+        {"residual": residual, "places": _order(out)},
+        {"permutation": jnp.asarray(permutation), "places": _order(out), "norm_epsilon": 1e-5},
     ]
 
 
@@ -214,9 +266,58 @@ def test_mlp_follows_the_formulas():
         assert _relative(function(x, gate_up, down, epsilon=1e-5), want) < 3 * _rounding(x.dtype)
 
 
+def _slow_chain(attended, hidden, weights, epsilon):
+    hidden = _slow_product(attended, weights.o, residual=hidden)
+
+    def ordered(places):
+        return None if places is None else np.argsort(np.asarray(places))
+
+    order = ordered(weights.gate_up_places)
+    inner = _slow_product(
+        hidden, weights.gate_up, permutation=order, norm_epsilon=epsilon, swiglu=True
+    )
+    hidden = _slow_product(inner, weights.down, residual=hidden)
+    if weights.qkv is None:
+        return hidden, None
+    order = ordered(weights.qkv_places)
+    return hidden, _slow_product(hidden, weights.qkv, permutation=order, norm_epsilon=epsilon)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_chain_follows_the_formulas(shuffled, last, dtype):
+    attended, hidden, weights = _chain_operands(dtype, 3, shuffled=shuffled, last=last)
+    want, want_qkv = _slow_chain(attended, hidden, weights, 1e-5)
+    for function in (sparse_chain, sparse_chain_reference):
+        got, qkv = function(attended, hidden, weights, epsilon=1e-5)
+        assert _relative(got, want) < 4 * _rounding(dtype)
+        assert (qkv is None) == last
+        if not last:
+            assert _relative(qkv, want_qkv) < 4 * _rounding(dtype)
+
+
+def test_a_chain_that_does_not_fit_is_named():
+    attended, hidden, weights = _chain_operands(jnp.float16, 3, shuffled=True, last=False)
+    with pytest.raises(ValueError, match=r"residual must be \[row, out\] = \[3, 128\]"):
+        sparse_chain(attended, hidden[:, :64], weights, epsilon=1e-5)
+    wrong = dataclasses.replace(weights, qkv_places=_order(64))
+    with pytest.raises(ValueError, match="each of the 128 channels"):
+        sparse_chain(attended, hidden, wrong, epsilon=1e-5)
+    wrong = dataclasses.replace(weights, down=weights.o)
+    with pytest.raises(ValueError, match=r"need down of shape \(128, 256\)"):
+        sparse_chain(attended, hidden, wrong, epsilon=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
+        ({"places": jnp.arange(64, dtype=jnp.int32)}, ValueError, "each of the 128 outputs"),
+        (
+            {"places": jnp.arange(128, dtype=jnp.int32), "swiglu": True},
+            ValueError,
+            "cannot stand together",
+        ),
         ({"residual": jnp.ones((2, 64), jnp.float16)}, ValueError, "residual must be"),
         ({"residual": jnp.ones((2, 128), jnp.bfloat16)}, TypeError, "residual is bfloat16"),
         ({"permutation": jnp.arange(32)}, ValueError, "each of the 64 channels"),
@@ -270,7 +371,7 @@ def test_every_plan_gives_the_same_product():
     for rows in (1, 16):
         x = _x(rows, shape[1])
         results = jax.jit(
-            lambda x, data: [_ffi_cuda.decode(x, data, out=2304, plan=plan) for plan in plans]
+            lambda x, data: [_ffi_cuda.decode(x, data, out=2304, plan=plan)[0] for plan in plans]
         )(x, blob.data)
         want = _slow_product(x, blob)
         for plan, got in zip(plans, results, strict=True):
@@ -293,6 +394,79 @@ def test_mlp_in_one_call_equals_two_calls_bit_for_bit():
     for _ in range(20):
         one, two = both(x)
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_build
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_chain_on_the_gpu(rows, dtype):
+    sizes = (1024, 512, 2752, 1536)
+    for shuffled, last in ((False, False), (True, False), (True, True)):
+        operands = _chain_operands(dtype, rows, shuffled=shuffled, last=last, sizes=sizes)
+        want, want_qkv = _slow_chain(*operands, 1e-5)
+        got, qkv = jax.jit(functools.partial(sparse_chain, epsilon=1e-5))(*operands)
+        assert _relative(got, want) < 4 * _rounding(dtype)
+        assert last or _relative(qkv, want_qkv) < 4 * _rounding(dtype)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_build
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_many_steps_with_overlap_give_the_same_bits(prefetch):
+    """A race between the kernels of a long chain would show as other bits in some run."""
+    attended, hidden, weights = _chain_operands(
+        jnp.float16, 16, shuffled=True, last=False, sizes=(1024, 1024, 2752, 3072)
+    )
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def run(attended, hidden, weights, prefetch):
+        seen = []
+        for _ in range(16):
+            hidden, qkv = sparse_chain(attended, hidden, weights, epsilon=1e-5, prefetch=prefetch)
+            attended = jnp.tanh(qkv[:, :1024])
+            seen.append(qkv)
+        return hidden, seen
+
+    @jax.jit
+    def one_by_one(attended, hidden, weights):
+        return jax.lax.optimization_barrier(sparse_chain(attended, hidden, weights, epsilon=1e-5))
+
+    first = jax.tree.map(np.asarray, run(attended, hidden, weights, False))
+    h, a = hidden, attended
+    for step in range(16):
+        h, qkv = one_by_one(a, h, weights)
+        a = jnp.tanh(qkv[:, :1024])
+        np.testing.assert_array_equal(first[1][step], qkv)
+    for _ in range(50):
+        again = run(attended, hidden, weights, prefetch)
+        jax.tree.map(np.testing.assert_array_equal, first, jax.tree.map(np.asarray, again))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@needs_build
+def test_a_weight_made_in_the_same_computation_is_read_when_it_is_there():
+    ones, others = _blob((4096, 1024), seed=1), _blob((4096, 1024), seed=2)
+    x = _x(1, 1024)
+    want = [np.asarray(sparse_matmul(x, blob)) for blob in (ones, others)]
+
+    @jax.jit
+    def run(x, ones, others, choice):
+        results = []
+        for step in range(24):
+            # Written inside the computation, so no kernel may read it early.
+            made = jnp.where(choice[step], ones.data, others.data)
+            results.append(sparse_matmul(x, Blob24(made, ones.shape, ones.dtype)))
+            x, results[-1] = jax.lax.optimization_barrier((x, results[-1]))
+        return results
+
+    for seed in range(30):
+        choice = np.random.default_rng(seed).random(24) < 0.5
+        for chosen, got in zip(choice, run(x, ones, others, choice), strict=True):
+            np.testing.assert_array_equal(got, want[0 if chosen else 1])
 
 
 @pytest.mark.gpu

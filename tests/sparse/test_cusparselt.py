@@ -22,12 +22,13 @@ from fake_cusparselt import (
     weight24,
 )
 
+from esparse_jax import native
 from esparse_jax.sparse import Algorithm, SplitKMode, _ffi, _ffi_cusparselt, blob24, compress24
 
 if not _ffi.cpu_product_available():
     pytest.skip("the extension is not built (BUILD.md)", allow_module_level=True)
 
-EXTENSION = _ffi._extension()
+EXTENSION = native.extension()
 HOPPER = (_ffi_cusparselt.reader(800, 90),)
 ONE_PRODUCT = {"handle": 1, "matrix": 3, "selection": 1, "plan": 1}
 # What needs no question to the library while it is traced.
@@ -493,7 +494,7 @@ def test_without_the_library_the_way_to_get_it_is_named(monkeypatch):
 
 
 def test_without_the_extension_that_is_the_reason(monkeypatch):
-    monkeypatch.setattr(_ffi, "_extension", lambda: None)
+    monkeypatch.setattr(native, "extension", lambda: None)
     assert (
         "extension esparse_jax.sparse._esparse_ffi is missing"
         in _ffi_cusparselt._find.__wrapped__()
@@ -505,7 +506,7 @@ def test_a_computation_without_its_library_says_what_to_call():
         import jax, jax.numpy as jnp, numpy as np
         from pathlib import Path
         from esparse_jax.sparse import _ffi
-        extension = _ffi._extension()
+        extension = native.extension()
         jax.devices("cpu")
         for name, (platform, registration) in extension.host_types().items():
             jax.ffi.register_ffi_type(name, registration, platform=platform)

@@ -11,10 +11,10 @@ import pytest
 from fake_cusparselt import assert_product, random_x, weight24
 from jax.sharding import PartitionSpec as P
 
+from esparse_jax import native
 from esparse_jax.sparse import (
     Algorithm,
     Blob24,
-    _ffi,
     _ffi_cusparselt,
     blob24,
     compress24,
@@ -94,7 +94,7 @@ def test_other_multiples_of_sixteen(shape, dtype):
 def test_without_a_backend_more_than_sixteen_rows_take_it():
     blob = device_blob24(compress24(weight24((256, 512), "float16")))
     lowered = jax.jit(sparse_matmul).lower(random_x(17, 512), blob).as_text()
-    assert _ffi._extension().CUSPARSELT_MATMUL in lowered
+    assert native.extension().CUSPARSELT_MATMUL in lowered
     assert "dot_general" not in lowered
 
 
@@ -300,7 +300,7 @@ def test_a_plan_is_described_and_an_unknown_algorithm_refused():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_algorithm_is_timed(dtype):
-    if not _ffi._extension().HAS_CUSPARSELT_TIMER:
+    if not native.extension().HAS_CUSPARSELT_TIMER:
         pytest.skip("the extension was built without its CUDA part")
     shape, x = (4096, 4096), random_x(16, 4096, dtype=dtype)
     blob = jax.jit(_ffi_cusparselt.compress)(_two_kept(shape, dtype))

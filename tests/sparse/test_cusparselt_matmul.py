@@ -355,7 +355,11 @@ def test_rows_choose_between_kernel_and_library(installed, monkeypatch):
     assert _lowered_for_cuda(sparse_matmul, random_x(17, 128), blob).count(f"@{MATMUL}") == 1
     for kernel, target in ((True, DECODE), (False, MATMUL)):
         monkeypatch.setattr(_ffi_cuda, "decode_available", lambda: kernel)  # noqa: B023
-        monkeypatch.setattr(_ffi_cuda, "decode", lambda x, data, out: jnp.zeros((16, out), x.dtype))
+        monkeypatch.setattr(
+            _ffi_cuda,
+            "decode",
+            lambda x, data, out, **_: (jnp.zeros((16, out), x.dtype), None),
+        )
         jax.clear_caches()
         text = _lowered_for_cuda(sparse_matmul, random_x(16, 128), blob)
         assert text.count(f"@{MATMUL}") == (target == MATMUL)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from esparse_jax import native
 from esparse_jax.sparse import _ffi as ffi
 from esparse_jax.sparse import compress24, decompress24
 
 if not ffi.cpu_product_available():
     pytest.skip("the extension is not built (BUILD.md)", allow_module_level=True)
 
-EXTENSION = ffi._extension()
+EXTENSION = native.extension()
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax import export
 
+from esparse_jax import native
 from esparse_jax.sparse import (
     Compressed24,
     _ffi,
@@ -228,11 +229,11 @@ def test_lowers_for_cuda_on_any_machine():
 def test_exported_for_the_cpu_it_is_the_custom_call():
     packed = compress24(masked_weight())
     x = random_x(3, CHANNELS)
-    allowed = [export.DisabledSafetyCheck.custom_call(_ffi._extension().PRODUCT24_CPU)]
+    allowed = [export.DisabledSafetyCheck.custom_call(native.extension().PRODUCT24_CPU)]
     exported = export.export(
         jax.jit(sparse_matmul), platforms=["cpu", "cuda"], disabled_checks=allowed
     )(x, packed)
-    assert _ffi._extension().PRODUCT24_CPU in exported.mlir_module()
+    assert native.extension().PRODUCT24_CPU in exported.mlir_module()
     np.testing.assert_allclose(
         exported.call(x, packed), dense_product(x, masked_weight()), rtol=1e-5, atol=1e-5
     )
@@ -254,7 +255,7 @@ def test_without_avx512_many_rows_take_the_dense_product(monkeypatch, level, row
     packed = compress24(weight)
     few, many = random_x(rows - 1, CHANNELS), random_x(rows, CHANNELS)
     chosen = jax.jit(matmul._cpu)
-    extension = _ffi._extension()
+    extension = native.extension()
     assert extension.PRODUCT24_CPU in chosen.lower(few, packed.values, packed.indices).as_text()
     text = chosen.lower(many, packed.values, packed.indices).as_text()
     assert extension.PRODUCT24_CPU not in text
@@ -266,12 +267,12 @@ def test_without_avx512_many_rows_take_the_dense_product(monkeypatch, level, row
 @pytest.fixture
 def no_extension(monkeypatch):
     """As if the package had been installed without its compiled part."""
-    monkeypatch.setattr(_ffi, "_EXTENSION", "esparse_jax.sparse._not_built")
-    _ffi._extension.cache_clear()
+    monkeypatch.setattr(native, "_EXTENSION", "esparse_jax._not_built")
+    native.extension.cache_clear()
     jax.clear_caches()
     yield
     monkeypatch.undo()
-    _ffi._extension.cache_clear()
+    native.extension.cache_clear()
     jax.clear_caches()
 
 
@@ -292,7 +293,7 @@ def test_without_the_extension_one_line_is_logged(no_extension, caplog):
 def test_without_the_extension_its_backend_is_refused(no_extension):
     packed = compress24(masked_weight())
     with pytest.raises(
-        RuntimeError, match=r'backend="cpu" needs the compiled extension .*BUILD.md'
+        RuntimeError, match=r'backend="cpu" needs the compiled extension, .*BUILD.md'
     ):
         sparse_matmul(random_x(1, CHANNELS), packed, backend="cpu")
 

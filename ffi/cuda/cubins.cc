@@ -1,0 +1,30 @@
+#include "cuda/cubins.h"
+
+// The assembler puts the files into the library; the build names them.
+#define ESPARSE_EMBED(NAME, FILE)                                                       \
+  asm(".pushsection .rodata\n"                                                          \
+      ".balign 64\n"                                                                    \
+      ".hidden " #NAME "_begin\n.global " #NAME                                         \
+      "_begin\n"                                                                        \
+      ".hidden " #NAME "_end\n.global " #NAME "_end\n" #NAME "_begin:\n.incbin \"" FILE \
+      "\"\n" #NAME                                                                      \
+      "_end:\n"                                                                         \
+      ".byte 0\n"                                                                       \
+      ".popsection\n");                                                                 \
+  extern "C" __attribute__((visibility("hidden"))) const unsigned char NAME##_begin[], NAME##_end[]
+
+ESPARSE_EMBED(esparse_cubin_float16, ESPARSE_CUBIN_FLOAT16);
+ESPARSE_EMBED(esparse_cubin_bfloat16, ESPARSE_CUBIN_BFLOAT16);
+
+namespace esparse::cuda {
+
+Cubin DecodeCubin(Dtype dtype) {
+  if (dtype == Dtype::kFloat16) {
+    return {esparse_cubin_float16_begin,
+            static_cast<size_t>(esparse_cubin_float16_end - esparse_cubin_float16_begin)};
+  }
+  return {esparse_cubin_bfloat16_begin,
+          static_cast<size_t>(esparse_cubin_bfloat16_end - esparse_cubin_bfloat16_begin)};
+}
+
+}  // namespace esparse::cuda
