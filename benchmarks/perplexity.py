@@ -10,8 +10,9 @@ every text is printed as mean and standard deviation over the seeds.
                 plain L2 norm over T tokens at alpha is the root mean square at alpha * sqrt(T)
     span        what the bins of the histogram span
     deal        how the global shuffle deals the sorted channels, for each shuffle
-    shuffles    the default against every other shuffle, deal, heads kept within, and selection by
-                the true output error: paired differences over the seeds, with 95 % intervals
+    shuffles    the default against every other shuffle, smaller blocks, other deals, heads kept
+                within, and selection by the true output error: paired differences over the
+                seeds, with 95 % intervals
     samples     Wanda, and E-Sparse with alpha swept, at each of `--counts` calibration windows
     batching    cells of the histograms that differ between two batch sizes
 
@@ -93,7 +94,8 @@ def shuffle_variants(only: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     default = es.PruneConfig()
     swept = {
         "shuffle": es.SHUFFLES,
-        "deal": ("naive", "snake", "sorted"),
+        "block_size": (256,),
+        "deal": ("naive", "snake"),
         "heads": ("free", "within"),
         "select": ("metric", "error"),
     }

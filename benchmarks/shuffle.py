@@ -27,8 +27,8 @@ import tyro
 from esparse_jax.pruning import swap
 from esparse_jax.pruning.fixed_point import fixed_scores
 from esparse_jax.pruning.mask import NMPattern
-from esparse_jax.pruning.max_sum import MAX_SUM_FORMS, max_sum
-from esparse_jax.pruning.shuffle import SHUFFLES, channel_shuffle, global_naive_shuffle
+from esparse_jax.pruning.max_sum import max_sum
+from esparse_jax.pruning.shuffle import SHUFFLES, channel_shuffle
 
 # Channels x rows of the four searches of a LLaMA-7B layer, rows of shared inputs stacked.
 LLAMA_7B = {
@@ -52,14 +52,15 @@ class Arguments:
     """Channels and rows of the efficacy part."""
     methods: tuple[str, ...] = SHUFFLES
     """Methods of the efficacy part."""
-    deals: tuple[str, ...] = ("naive", "snake", "sorted")
+    deals: tuple[str, ...] = ("default", "naive", "snake", "sorted")
+    """default: each method's own."""
     scores: tuple[str, ...] = ("fixed", "float32")
     escape: int = 0
     """Kicks after every search; see `local_block_shuffle`."""
     shapes: tuple[str, ...] = (*(f"{c}x{r}" for c, r in LLAMA_7B.values()), "28672x8192")
     """Channels x rows of the shapes part."""
     shape_methods: tuple[str, ...] = ("strided", "full")
-    """Methods of the shapes and model parts, with the first of `deals` and of `scores`."""
+    """Methods of the shapes and model parts, with their own deal and the first of `scores`."""
     layers: int = 32
     """Layers of the model part."""
     repeats: int = 3
@@ -131,7 +132,7 @@ def efficacy(arguments: Arguments, pattern: NMPattern) -> list[dict]:
                         scores,
                         pattern,
                         method=method,
-                        deal=deal,
+                        deal=None if deal == "default" else deal,
                         scores=kind,
                         escape=arguments.escape,
                     )
@@ -169,7 +170,7 @@ def products(arguments: Arguments) -> list[dict]:
         "scatter, strided, q/k/v": (16, 12288, 64, 64),
         "settle, strided, q/k/v": (16, 12288, tile, 256),
     }
-    forms = MAX_SUM_FORMS if jax.default_backend() != "cpu" else ("passes", "split")
+    forms = ("triton", "cuda") if jax.default_backend() == "gpu" else ("passes", "split")
     results = []
     print(f"{'product':<26}{'form':<9}{'dtype':<9}{'compile':>9}{'run':>11}{'max-adds/s':>12}")
     for name, (blocks, rows, lefts, rights) in shapes.items():
@@ -224,7 +225,6 @@ def shapes(arguments: Arguments, pattern: NMPattern) -> list[dict]:
                     scores,
                     pattern,
                     method=method,
-                    deal=arguments.deals[0],
                     scores=arguments.scores[0],
                     escape=arguments.escape,
                 )
@@ -258,7 +258,7 @@ def shapes(arguments: Arguments, pattern: NMPattern) -> list[dict]:
 
 def phases(scores: jax.Array, pattern: NMPattern, arguments: Arguments) -> dict:
     """Rounds of the two phases of the full-width search and milliseconds for each."""
-    permutation = global_naive_shuffle(scores, pattern, deal=arguments.deals[0])
+    permutation = channel_shuffle(scores, pattern, method="strided")
     fixed = jax.jit(fixed_scores)(scores)
     search, real = swap.start_search(fixed, permutation.reshape(1, -1, pattern.m))
     del fixed
@@ -284,7 +284,6 @@ def model(arguments: Arguments, pattern: NMPattern) -> list[dict]:
                 scores,
                 pattern,
                 method=method,
-                deal=arguments.deals[0],
                 scores=arguments.scores[0],
                 escape=arguments.escape,
             )

@@ -81,10 +81,12 @@ class Prune:
     amplitude: Literal["rms", "l2", "relative"] = PruneConfig().amplitude
     num_bins: int = PruneConfig().num_bins
     bin_span: Literal["channel", "layer", "rms"] = PruneConfig().bin_span
-    block_size: int = PruneConfig().block_size
+    block_size: int | None = PruneConfig().block_size
+    """Channels in a block of the shuffle; 256 for `paper` and 1024 for the others if not given."""
     """Channels in a block of the shuffles paper and strided."""
-    deal: Literal["naive", "snake", "sorted"] = PruneConfig().deal
-    """How the global shuffle deals out the sorted channels, where every search starts."""
+    deal: Literal["naive", "snake", "sorted"] | None = PruneConfig().deal
+    """How the sorted channels are dealt out, where every search starts; naive for `global` and
+    `paper` and sorted for the others if not given."""
     scores: Literal["fixed", "float32"] = PruneConfig().scores
     """fixed: the search adds fixed-point scores, exact and alike on every device."""
     escape: int = PruneConfig().escape

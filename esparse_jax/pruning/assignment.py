@@ -53,7 +53,7 @@ def assignment_phase(search: Search, pattern: NMPattern) -> Search:
         value = jax.lax.dynamic_index_in_dim(search.values, slot, 2, keepdims=False)
         channel = jax.lax.dynamic_index_in_dim(search.order, slot, 1, keepdims=False)
         threshold = jnp.where(value >= nth, next_largest, nth)
-        own = jnp.maximum(threshold, value).sum(axis=1)
+        own = 2 * jnp.maximum(threshold, value).sum(axis=1)
         benefit = max_sum(threshold, value) - own[:, :, None]  # [block, gap, channel]
         result = (
             jax.ShapeDtypeStruct((blocks, groups), jnp.int32),

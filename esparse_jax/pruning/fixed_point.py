@@ -4,20 +4,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_SUM_BITS = 29
+_SUM_BITS = 28
 
 
 def fixed_scores(metric: Float[Array, "row channel"]) -> Int[Array, "row channel"]:
     """Rounds scores to int32 fixed point, in units of one power of two for the whole array.
 
     The unit is the finest with which the absolute scores of a channel sum to at most
-    2^29 + rows / 2. Then every comparison of the swap search is exact in int32, on any
+    2^28 + rows / 2. Then every comparison of the swap search is exact in int32, on any
     device and with any order of summation: a gain is at most sum_r |v_i[r] - v_j[r]|, less than
-    2^31, so it is right even where the sums it is the difference of wrap around. The unit itself
-    is found by exact steps only (a maximum, and integer sums), for the same reason.
+    2^30, so even twice of it is right where the sums it is the difference of wrap around. The
+    unit itself is found by exact steps only (a maximum, and integer sums), for the same reason.
 
     Every score keeps its place to within half a unit, so a channel of the greatest sum is
-    known to rows / 2^30 of itself; float32 sums are known to about as much.
+    known to rows / 2^29 of itself; float32 sums are known to about as much.
     """
     rows = metric.shape[0]
     magnitude = jnp.abs(metric.astype(jnp.float32))

@@ -46,8 +46,9 @@ class PruneConfig:
         amplitude: Kind of the amplitude, equation (2); see `amplitude`.
         num_bins: Bins of the histogram, equation (1).
         bin_span: What the bins span; see `bin_range`.
-        block_size: Channels in a block of the local block shuffle.
-        deal: How the global shuffle deals out the sorted channels; see `global_naive_shuffle`.
+        block_size: Channels in a block of the local block shuffle; None: see `channel_shuffle`.
+        deal: How the global shuffle deals out the sorted channels, see `global_naive_shuffle`;
+            None: see `channel_shuffle`.
         scores: What the search adds up, see `local_block_shuffle`.
         escape: Kicks after the search, see `local_block_shuffle`.
         slices: Permutations stay inside that many equal slices of the channels, so that every
@@ -78,8 +79,8 @@ class PruneConfig:
     amplitude: str = "rms"
     num_bins: int = 100
     bin_span: str = "channel"
-    block_size: int = 256
-    deal: str = "naive"
+    block_size: int | None = None
+    deal: str | None = None
     scores: str = "fixed"
     escape: int = 0
     slices: int = 1
@@ -100,14 +101,14 @@ class PruneConfig:
             ("shuffle", SHUFFLES),
             ("amplitude", AMPLITUDES),
             ("bin_span", BIN_SPANS),
-            ("deal", DEALS),
+            ("deal", (*DEALS, None)),
             ("scores", SCORES),
             ("heads", HEADS),
             ("select", SELECTIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}."
+                    f"{name} is one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}."
                 )
         if not isinstance(self.alpha, int | float) or isinstance(self.alpha, bool):
             raise TypeError(f"alpha is a number; got {self.alpha!r}.")
@@ -121,6 +122,8 @@ class PruneConfig:
             ("slices", 1, "1 lets permutations reach all channels"),
         ):
             value = getattr(self, name)
+            if name == "block_size" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} is an int; got {value!r}.")
             if value < least:

@@ -132,7 +132,7 @@ def scatter_phase(
         nth, next_largest = largest(search.values, pattern)[-2:]
         value = jnp.where(chosen[:, None], search.values, 0).sum(axis=2)
         threshold = jnp.where(value >= nth, next_largest, nth)
-        own = jnp.maximum(threshold, value).sum(axis=1)
+        own = 2 * jnp.maximum(threshold, value).sum(axis=1)  # doubled, as all sums here
         kept = max_sum(threshold, value)
         before = own[:, :, None] + own[:, None, :]
         gain = (kept + jnp.swapaxes(kept, 1, 2)) - before
@@ -194,7 +194,7 @@ def settle_phase(
         taken = jnp.sort(jnp.argsort(waiting, axis=1, stable=True)[:, :tile], axis=1)
         active = jnp.take_along_axis(waiting, taken, axis=1) < idle
         limit = thresholds(values, pattern)
-        own = jnp.maximum(limit, values).sum(axis=1)  # [block, slot, group]
+        own = 2 * jnp.maximum(limit, values).sum(axis=1)  # [block, slot, group]
 
         tile_values = jnp.take_along_axis(values, taken[:, None, None], axis=3)
         tile_limit = jnp.take_along_axis(limit, taken[:, None, None], axis=3)
