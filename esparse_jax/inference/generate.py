@@ -15,52 +15,64 @@ from esparse_jax.models.cache import KVCache, init_cache
 CHUNK = 16
 
 
-@partial(jax.jit, static_argnames=("temperature", "top_p"))
+# The choices of `sample`, static in every jitted step.
+_OPTIONS = ("temperature", "top_k", "top_p")
+
+
+@partial(jax.jit, static_argnames=_OPTIONS)
 def sample(
     logits: Float[Array, "batch vocab"],
     key: Key[Array, ""],
     *,
     temperature: float = 0.0,
+    top_k: int | None = None,
     top_p: float = 1.0,
 ) -> Int[Array, " batch"]:
-    """One token a row: the likeliest at temperature 0, else drawn from the nucleus.
+    """One token a row: the likeliest at temperature 0, else drawn.
 
-    The nucleus is the smallest set of likeliest tokens whose probabilities reach `top_p`; the
-    likeliest token is always in it. Of equal logits the lower id wins.
+    The logits are divided by the temperature; of the tokens the `top_k` likeliest stay; of those
+    stays the nucleus, the smallest set of likeliest tokens whose probabilities, summing to 1 over
+    the `top_k`, reach `top_p`. The likeliest token is always in it. Of equal logits the lower id
+    is the likelier token.
 
-    Source: nucleus sampling, Holtzman et al. 2020 (arXiv 1904.09751).
+    Source: nucleus sampling, Holtzman et al. 2020 (arXiv 1904.09751); top-k, Fan et al. 2018 (arXiv
+    1805.04833); the order of the three is that of transformers' generation.
     """
     logits = logits.astype(jnp.float32)
     if temperature == 0.0:
         return logits.argmax(axis=-1).astype(jnp.int32)
     logits = logits / temperature
+    vocab = logits.shape[-1]
+    kept = vocab if top_k is None else min(top_k, vocab)
+    if kept == vocab and top_p == 1.0:
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    logits, tokens = jax.lax.top_k(logits, kept)  # descending, of equal ones the lower id first
     if top_p < 1.0:
-        descending = -jnp.sort(-logits, axis=-1)
-        probability = jax.nn.softmax(descending, axis=-1)
+        probability = jax.nn.softmax(logits, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability
-        least = jnp.where(before < top_p, descending, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+        logits = jnp.where(before < top_p, logits, -jnp.inf)
+    place = jax.random.categorical(key, logits, axis=-1)
+    return jnp.take_along_axis(tokens, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p"), donate_argnames="cache")
-def _prefill(graphdef, state, tokens, cache, key, *, temperature, top_p):
+@partial(jax.jit, static_argnames=("graphdef", *_OPTIONS), donate_argnames="cache")
+def _prefill(graphdef, state, tokens, cache, key, **options):
     """The cache after the prompts, and the first new token of each row."""
     model = nnx.merge(graphdef, state)
     hidden, cache = model.blocks(model.embed(tokens), cache=cache)
     logits = model.head(hidden[:, -1:])[:, 0]
-    return sample(logits, key, temperature=temperature, top_p=top_p), cache
+    return sample(logits, key, **options), cache
 
 
-@partial(jax.jit, static_argnames=("graphdef", "temperature", "top_p"), donate_argnames="cache")
-def _decode(graphdef, state, token, cache, keys, *, temperature, top_p):
+@partial(jax.jit, static_argnames=("graphdef", *_OPTIONS), donate_argnames="cache")
+def _decode(graphdef, state, token, cache, keys, **options):
     """One token a row and key; the loop runs on the device."""
     model = nnx.merge(graphdef, state)
 
     def step(carry: tuple[Int[Array, " batch"], KVCache], key):
         token, cache = carry
         logits, cache = model(token[:, None], cache=cache)
-        token = sample(logits[:, 0], key, temperature=temperature, top_p=top_p)
+        token = sample(logits[:, 0], key, **options)
         return (token, cache), token
 
     (token, cache), tokens = jax.lax.scan(step, (token, cache), keys)
@@ -73,6 +85,7 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
     stop_tokens: Collection[int] = (),
@@ -89,7 +102,9 @@ def generate(
         prompts: Token ids, at least one a prompt.
         max_new_tokens: At most so many tokens a prompt.
         temperature: 0 takes the likeliest token; greater values draw.
-        top_p: Draws from the smallest set of likeliest tokens of this probability.
+        top_k: Draws from so many of the likeliest tokens; None from all.
+        top_p: Draws from the smallest set of likeliest tokens of this probability; after `top_k`,
+            see `sample`.
         seed: Of the draws.
         stop_tokens: A row ends before the first of these.
         on_tokens: Called after every chunk with each row's new tokens.
@@ -101,7 +116,7 @@ def generate(
         ValueError: An empty prompt, ids outside the vocabulary, options out of their range, or
             prompt and new tokens longer than the model's context.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_p)
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     rows, longest = len(prompts), max(map(len, prompts))
     padding = np.array([longest - len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((rows, longest), np.int32)
@@ -116,7 +131,7 @@ def generate(
         padding=jnp.asarray(padding),
     )
     graphdef, state = nnx.split(model)
-    options = {"temperature": float(temperature), "top_p": float(top_p)}
+    options = {"temperature": float(temperature), "top_k": top_k, "top_p": float(top_p)}
     keys = jax.random.split(jax.random.key(seed), 1 + chunks * CHUNK)
     token, cache = _prefill(graphdef, state, jnp.asarray(tokens), cache, keys[0], **options)
     stops = np.array(sorted(stop_tokens), np.int32)
@@ -151,6 +166,7 @@ def _check(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float,
+    top_k: int | None,
     top_p: float,
 ) -> None:
     if not prompts or not all(len(prompt) for prompt in prompts):
@@ -162,6 +178,10 @@ def _check(
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     if temperature < 0 or not np.isfinite(temperature):
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or greater.")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(
+            f"top_k is {top_k}; it must be a whole number of at least 1, or None for every token."
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be in (0, 1]. 1 keeps every token.")
     vocab_size = model.config.vocab_size

@@ -75,6 +75,41 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p():
     assert (np.asarray(sample(logits, jax.random.key(0))) == 0).all()
 
 
+def test_top_k_comes_after_the_temperature_and_before_top_p():
+    probability = np.array([0.4, 0.1, 0.3, 0.2])
+    logits = jnp.tile(jnp.log(jnp.asarray(probability, jnp.float32))[None], (4000, 1))
+
+    def drawn(**options) -> np.ndarray:
+        return np.asarray(sample(logits, jax.random.key(0), **options))
+
+    for top_k, allowed in ((1, [0]), (2, [0, 2]), (3, [0, 2, 3]), (4, range(4)), (9, range(4))):
+        tokens = drawn(temperature=1.0, top_k=top_k)
+        expected = np.where(np.isin(np.arange(4), allowed), probability, 0)
+        share = np.bincount(tokens, minlength=4) / len(tokens)
+        np.testing.assert_allclose(share, expected / expected.sum(), atol=0.03)
+    # The two likeliest are 0.57 and 0.43 of their sum: top-p counts those, not 0.4 and 0.3.
+    assert set(drawn(temperature=1.0, top_k=2, top_p=0.5)) == {0}
+    assert set(drawn(temperature=1.0, top_k=2, top_p=0.6)) == {0, 2}
+    assert set(drawn(temperature=1.0, top_p=0.5)) == {0, 2}
+    # At temperature 0.5 the likeliest of all four is 0.16 / 0.3 = 0.53, and 0.4 at 1.
+    assert set(drawn(temperature=0.5, top_p=0.5)) == {0}
+    # Without effect where nothing is drawn.
+    assert set(drawn(temperature=0.0, top_k=3, top_p=0.5)) == {0}
+
+
+def test_of_equal_logits_the_lower_id_is_in_top_k_and_in_the_nucleus():
+    logits = jnp.tile(jnp.array([[0.0, 1.0, 1.0, 1.0, -1.0]]), (500, 1))
+    for options, allowed in (({"top_k": 2}, {1, 2}), ({"top_p": 0.5}, {1, 2}), ({"top_k": 1}, {1})):
+        tokens = np.asarray(sample(logits, jax.random.key(1), temperature=1.0, **options))
+        assert set(tokens.tolist()) == allowed
+
+
+def test_top_k_of_one_is_greedy(model, greedy):
+    drawn = generate(model, PROMPTS, max_new_tokens=COUNT, temperature=2.0, top_k=1)
+    for ours, expected in zip(drawn, greedy, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
@@ -84,6 +119,7 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p():
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+        ([[1]], {"top_k": 0}, "top_k is 0; it must be a whole number of at least 1, or None"),
         ([[1] * 60], {"max_new_tokens": 5}, "take 65 positions; .* 64.* at most 4 new"),
     ],
 )
