@@ -4,13 +4,20 @@ import functools
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import llama_cases
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from esparse_jax.files import load_model, save_model
+from esparse_jax.models.surgery import iter_linears, replace_linears, weight_of, with_weight
+from esparse_jax.pruning import NMPattern
+
 VOCAB = 128
+
+TWO_OF_FOUR = NMPattern(2, 4)
 
 FIELDS = {
     "architectures": ["LlamaForCausalLM"],
@@ -96,6 +103,57 @@ def tiny_checkpoint(
     weights |= extra or {}
     write_weights(directory, weights, shards=shards)
     return directory
+
+
+def tiny_pruned(
+    directory: Path,
+    *,
+    pattern: NMPattern = TWO_OF_FOUR,
+    shuffled: bool = True,
+    skip: tuple[str, ...] = (),
+    **checkpoint,
+) -> tuple[Path, Path, dict[str, np.ndarray]]:
+    """A tiny checkpoint, and beside it the same pruned by random scores, in the hf format.
+
+    Args:
+        directory: Gets `source` and `hf`.
+        pattern: What every decoder linear is pruned to.
+        shuffled: In a random order of the channels; otherwise in the natural one.
+        skip: Linears to leave dense, by the end of their path.
+        **checkpoint: For `tiny_checkpoint`.
+
+    Returns:
+        Both directories, and the order of the channels of each pruned layer.
+    """
+    source = tiny_checkpoint(directory / "source", **checkpoint)
+    model, _ = load_model(source)
+    generator = np.random.default_rng(0)
+    orders, linears = {}, {}
+    for path, linear in iter_linears(model):
+        if path == "lm_head" or path.endswith(skip):
+            continue
+        weight = np.array(weight_of(linear))
+        order = np.arange(weight.shape[1], dtype=np.int32)
+        if shuffled:
+            order = generator.permutation(order)
+        scores = generator.random((weight.shape[0], weight.shape[1] // pattern.m, pattern.m))
+        pruned = np.empty(weight.shape, bool)
+        pruned[:, order] = (scores.argsort(-1).argsort(-1) >= pattern.n).reshape(weight.shape)
+        weight[pruned] = 0
+        linears[path], orders[path] = with_weight(linear, jnp.asarray(weight)), order
+    save_model(
+        replace_linears(model, linears),
+        directory / "hf",
+        like=source,
+        metadata={
+            "pattern": str(pattern),
+            "method": "random",
+            "options": {"seed": 0},
+            "layers": {path: {"kept_share": 0.5} for path in orders},
+        },
+        permutations=orders if shuffled else None,
+    )
+    return source, directory / "hf", orders
 
 
 def write_weights(directory: Path, weights: dict[str, np.ndarray], *, shards: int = 1) -> None:

@@ -1,50 +1,75 @@
-"""Hugging Face checkpoint directories <-> models: safetensors, configuration, tokenizer.
+"""Checkpoint directories <-> models: safetensors, configuration, tokenizer.
 
-A pruned checkpoint is an ordinary one with zeros in place, and two files more:
-
-    esparse.json                        what was done
-        format_version                  1
-        esparse_jax                     version of the package that wrote it
-        pattern                         "2:4"
-        permutations                    name of the other file; null if all orders are natural
-        layers                          {path: record} or [path]: the linears that were pruned
-        ...                             method, options, seed, calibration: whatever was given
-        sha256                          {"written": {file: digest}, "source": {file: digest}}
-    esparse_permutations.safetensors    `<path>.permutation`, int32 [channel]: the new order of
-                                        the input channels, in which the layer is N:M
+`files.directory` says what a pruned checkpoint holds, `files.compressed` how the compressed format
+stores a layer. Whichever of the two formats a directory has, and whether a model is dense or
+compressed, saving passes weights on as those of the hf format, one at a time.
 """
 
-import contextlib
 import dataclasses
-import json
-import math
-import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata as package_metadata
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from esparse_jax.files.compressed import (
+    INDICES_SUFFIX,
+    VALUES_SUFFIX,
+    CompressedForm,
+    DenseForm,
+    index_error,
+    order_of,
+    permutation_error,
+    reordered,
+    split_name,
+    unpack,
+)
+from esparse_jax.files.directory import (
+    CONFIG_FILE,
+    ESPARSE_FILE,
+    FORMATS,
+    PERMUTATION_SUFFIX,
+    PERMUTATIONS_FILE,
+    PERMUTATIONS_IN_TENSORS,
+    TOKENIZER_FILES,
+    Format,
+    PathLike,
+    carry_files,
+    check_output,
+    config_fields,
+    format_of,
+    is_permutation,
+    listed_layers,
+    read_config,
+    read_esparse,
+    replacing,
+    require_directory,
+    write_esparse,
+    write_json,
+    write_permutations,
+)
 from esparse_jax.files.tensors import (
     FLOATING_DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
-    Layout,
     TensorFiles,
+    Tensors,
+    file_sha256,
     header_dtype,
     nonfinite_count,
-    read_tensors,
     rewrite_tensors,
-    write_tensors,
+    write_shards,
 )
-from esparse_jax.models.layers import MaskedLinear
+from esparse_jax.models.layers import (
+    CompressedWeight,
+    MaskedLinear,
+    Permutation,
+    SparseLinear,
+)
 from esparse_jax.models.llama import (
     DERIVED_TENSORS,
     DTYPES,
@@ -54,49 +79,33 @@ from esparse_jax.models.llama import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-from esparse_jax.models.surgery import iter_linears, replace_linears, weight_of, with_weight
-from esparse_jax.pruning.mask import NMPattern
-
-CONFIG_FILE = "config.json"
-ESPARSE_FILE = "esparse.json"
-PERMUTATIONS_FILE = "esparse_permutations.safetensors"
-
-# The version of `esparse.json` and of the file beside it.
-FORMAT_VERSION = 1
-
-# What a tensor of the permutations file is called, behind the layer's path.
-PERMUTATION_SUFFIX = ".permutation"
-
-# Files that go with the weights whoever prunes them.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+from esparse_jax.models.surgery import (
+    get_linear,
+    iter_linears,
+    replace_linears,
+    require_compressible,
+    set_linear,
+    weight_of,
+    with_weight,
 )
-_CARRIED_FILES = (CONFIG_FILE, "generation_config.json", *_TOKENIZER_FILES)
-_CARRIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+from esparse_jax.pruning.mask import NMPattern
+from esparse_jax.sparse.compress import GROUP, KEPT, Compressed24
 
-_SHARD_BYTES = 5 * 10**9  # transformers' limit for one file
-
-PathLike = str | os.PathLike[str]
+# What the tensors of a compressed layer may be; all others are floating.
+_KINDS = {INDICES_SUFFIX: ("U8",), PERMUTATION_SUFFIX: ("I32",)}
 
 
 def load_model(
     path: PathLike, *, dtype: str | None = None, check_finite: bool = True
 ) -> tuple[LlamaForCausalLM, Any]:
-    """Reads a LLaMA and its tokenizer from a Hugging Face directory.
+    """Reads a LLaMA and its tokenizer from a checkpoint directory.
 
-    The weights are read one tensor at a time into a model without arrays, so no second copy of
-    them is ever held.
+    The weights are read one tensor at a time into a model without arrays, each put on the default
+    device as it is read, so no second copy of them is ever held. The pruned linears of a compressed
+    checkpoint become `SparseLinear`; they are at no time dense.
 
     Args:
-        path: Directory with `config.json` and safetensors, sharded or not.
+        path: Directory with `config.json` and safetensors, sharded or not, hf or compressed.
         dtype: What to hold the parameters and to compute in. None: each parameter as it is stored,
             computing in the dtype that `config.json` names (the embedding's if it names none).
         check_finite: Look for NaN and Inf. The check reads what is read anyway.
@@ -107,13 +116,15 @@ def load_model(
     Raises:
         FileNotFoundError: The directory, its configuration or a weight file is missing.
         ValueError: A configuration that is not supported, a truncated file, names missing or
-            unexpected, wrong shapes or dtypes (all of them in one message), or a tokenizer with
-            more ids than the model has embeddings.
+            unexpected, wrong shapes or dtypes (all of them in one message), a tokenizer with more
+            ids than the model has embeddings, or indices and permutations that are not valid (all
+            in one message).
         FloatingPointError: NaN or Inf among the weights; the tensors are named.
     """
-    path = _directory(path)
+    path = require_directory(path)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or None.")
+    layers = compressed_layers(path)
     fields, config = read_config(path)
     tokenizer = load_tokenizer(path)
     _check_tokenizer(path, tokenizer, config)
@@ -122,16 +133,40 @@ def load_model(
             config = dataclasses.replace(config, dtype=dtype)
         elif fields.get("dtype") is None and fields.get("torch_dtype") is None:
             config = dataclasses.replace(config, dtype=_embedding_dtype(files, config.dtype))
-        model = nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0)))
+        model = abstract_model(config)
+        check_tensors(path, files, model, layers)
+        for layer in layers:
+            shuffled = layer + PERMUTATION_SUFFIX in files.names
+            set_linear(model, layer, _abstract_sparse(get_linear(model, layer), shuffled))
         flat = dict(nnx.to_flat_state(nnx.state(model)))
-        shapes = {_name(place): _stored_shape(place, leaf) for place, leaf in flat.items()}
-        _check_tensors(path, files, shapes)
-        broken = []
+        broken, invalid = [], []
         for place, variable in flat.items():
-            values, found = _read(files, _name(place), dtype, check_finite)
+            layer = ".".join(map(str, place[:-1]))
+            if isinstance(variable, Permutation):
+                order = files.read(layer + PERMUTATION_SUFFIX)
+                if problem := permutation_error(order, len(order)):
+                    invalid.append(f"{layer}: {problem}")
+                variable.set_value(jnp.asarray(order))
+                continue
+            compressed = isinstance(variable, CompressedWeight)
+            name = layer + VALUES_SUFFIX if compressed else _name(place)
+            values, found = _read(files, name, dtype, check_finite)
             broken += found
             array = jnp.asarray(values)
-            variable.set_value(array.T if place[-1] in TRANSPOSED else array)
+            if compressed:
+                shape = variable.get_value().shape
+                indices = files.read(layer + INDICES_SUFFIX)
+                if problem := index_error(indices, shape[1]):
+                    invalid.append(f"{layer}: {problem}")
+                variable.set_value(Compressed24(array, jnp.asarray(indices), shape))
+            else:
+                variable.set_value(array.T if place[-1] in TRANSPOSED else array)
+    if invalid:
+        raise ValueError(
+            f"{path} has compressed layers whose values have no place; a file was changed or "
+            f"damaged. Compress the pruned checkpoint again, or download it again.\n"
+            + "\n".join(invalid + broken)
+        )
     if broken:
         raise FloatingPointError(
             f"{path} has weights that are NaN or Inf; pruning and evaluation would spread them. "
@@ -150,7 +185,7 @@ def load_tokenizer(path: PathLike) -> Any:
     Raises:
         ValueError: The files are there but cannot be read.
     """
-    path = _directory(path)
+    path = require_directory(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     # transformers takes seconds to import, and only text needs it.
@@ -165,7 +200,7 @@ def load_tokenizer(path: PathLike) -> Any:
             f"The tokenizer of {path} cannot be read: {error}. Download its files again; a "
             f"tokenizer.model without tokenizer.json also needs the sentencepiece package."
         ) from error
-    fields = _config_fields(path) if (path / CONFIG_FILE).is_file() else {}
+    fields = config_fields(path) if (path / CONFIG_FILE).is_file() else {}
     for role in ("bos", "eos"):
         number = fields.get(f"{role}_token_id")
         number = number[0] if isinstance(number, list) and number else number
@@ -179,209 +214,188 @@ def save_model(
     model: LlamaForCausalLM,
     directory: PathLike,
     *,
+    format: Format = "hf",
     tokenizer: Any = None,
     like: PathLike | None = None,
     metadata: Mapping[str, Any] | None = None,
     permutations: Mapping[str, Int[Array, " channel"] | Int[np.ndarray, " channel"]] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a Hugging Face directory: tensors by checkpoint name, [out, channel].
+    """Writes a checkpoint directory: tensors by checkpoint name, [out, channel].
 
     Everything is written to a directory beside the target, which takes the target's place at the
     very end; whatever goes wrong before leaves the target as it was.
 
     With `like`, the directory that the model was loaded from, the output has that checkpoint's
-    files, tensor layout, dtypes and tokenizer, and every weight that the model did not change has
-    the very bytes it has there, also if the model computes in another dtype. What the model set
-    to zero is +0.
+    tensors, dtypes and other files, as hf in the same files as well, and every weight that the
+    model did not change has the very bytes it has there, also if the model computes in another
+    dtype. What the model set to zero is +0.
 
     Args:
-        model: A dense model; layers that mask their weight are written masked.
+        model: A dense model; layers that mask their weight are written masked. The compressed
+            format takes compressed layers as well.
         directory: Where to write.
+        format: "hf" is what other tools open; "compressed" holds the layers that were pruned to
+            2:4 or 1:4 as values and 2-bit indices, see `files.compressed`.
         tokenizer: Written as well; instead of the one beside `like`.
-        like: The source directory. Without it: the parameters as they are held, and a
-            `config.json` from the model's configuration.
+        like: The source directory; for the compressed format it may be compressed itself. Without
+            it: the parameters as they are held, and a `config.json` from the model's configuration.
         metadata: What `esparse.json` says of the pruning; `pattern` ("2:4") is required. Beside
-            it stand format and package version and the sha256 of all files of weights.
+            it stand format and package version and the sha256 of all files of weights. Written
+            compressed are the layers of its field `layers`, or without that field those with a
+            permutation, or else all decoder linears. A model with compressed layers needs none.
         permutations: Channel order in which each pruned layer is N:M, by path; needs `metadata`.
+            A compressed layer brings its own.
         overwrite: Take the place of an earlier checkpoint. Other files in that directory stay.
 
     Raises:
         FileExistsError: The directory is not empty.
         ValueError: It is the source or holds it, `like` is another model's, or permutations that
-            do not fit the model.
-        TypeError: A compressed or an observed layer.
+            do not fit the model; compressed, another pattern than 2:4 and 1:4, or a layer that
+            does not follow it in its order.
+        TypeError: A layer that the format cannot hold: observed, or as hf compressed.
     """
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}.")
     directory = Path(directory).resolve()
     check_output(directory, like=like, overwrite=overwrite)
-    model = _plain(model)
-    parameters = {
-        _name(place): (place, variable)
-        for place, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
+    model = _writable(model, format)
     _check_permutations(model, metadata, permutations)
-
-    def tensor(name: str) -> np.ndarray:
-        place, variable = parameters[TIED_TENSORS.get(name, name) if tied else name]
-        value = variable.get_value()
-        return np.asarray(value.T if place[-1] in TRANSPOSED else value)
-
-    tied = model.config.tie_word_embeddings
-    with _replacing(directory) as beside:
+    orders: dict[str, np.ndarray | None] = {}
+    if format == "compressed":
+        metadata, orders = _layers_to_compress(model, metadata, permutations)
+    held = _Held(model)
+    with replacing(directory) as beside:
+        sources: dict[str, str] = {}
         if like is None:
-            written = _write_new(beside, model, parameters, tensor)
-            sources: dict[str, str] = {}
+            stored = FLOATING_DTYPES[held.layout["model.embed_tokens.weight"][0]]
+            config = dataclasses.replace(model.config, dtype=str(stored))
+            write_json(beside / CONFIG_FILE, config.to_dict())
+            tensors = held if format == "hf" else CompressedForm(held, orders)
+            written = write_shards(beside, tensors)
+        elif format == "hf":
+            written, sources = _write_like(beside, Path(like), model, held)
         else:
-            written, sources = _write_like(beside, Path(like), model.config, parameters, tensor)
+            written, sources = _compress_like(beside, Path(like), model, held, orders)
         if tokenizer is not None:
-            for name in _TOKENIZER_FILES:
+            for name in TOKENIZER_FILES:
                 (beside / name).unlink(missing_ok=True)
             tokenizer.save_pretrained(str(beside))
         if metadata is not None:
-            if permutations:
-                written[PERMUTATIONS_FILE] = _write_permutations(
-                    beside / PERMUTATIONS_FILE, permutations
-                )
-            esparse = {
-                "format_version": FORMAT_VERSION,
-                "esparse_jax": package_version(),
-                "permutations": PERMUTATIONS_FILE if permutations else None,
-                **metadata,
-                "sha256": {"written": written, "source": sources},
-            }
-            write_json(beside / ESPARSE_FILE, esparse)
-
-
-def check_output(
-    directory: PathLike, *, like: PathLike | None = None, overwrite: bool = False
-) -> None:
-    """Whether `save_model` may write to a directory; ask before hours of work, not after.
-
-    Raises:
-        FileExistsError: It holds something, and `overwrite` is not set or that is no checkpoint.
-        NotADirectoryError: A file has that name.
-        ValueError: It is the source checkpoint, or the source lies inside it.
-    """
-    directory = Path(directory).resolve()
-    if like is not None:
-        source = Path(like).resolve()
-        if directory == source or directory in source.parents:
-            raise ValueError(
-                f"The output {directory} is the input checkpoint or holds it ({source}). Name "
-                f"another directory: the input is left as it is."
+            place = None
+            if format == "compressed":
+                known = permutations or any(order is not None for order in orders.values())
+                place = PERMUTATIONS_IN_TENSORS if known else None
+            elif permutations:
+                written |= write_permutations(beside, permutations)
+                place = PERMUTATIONS_FILE
+            write_esparse(
+                beside, format, metadata, permutations=place, written=written, source=sources
             )
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise NotADirectoryError(f"The output {directory} is a file. Name a directory.")
-    if not any(directory.iterdir()):
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"The output directory {directory} is not empty. Name another one, or replace the "
-            f"checkpoint in it with overwrite=True (--overwrite)."
-        )
-    if not (directory / CONFIG_FILE).is_file():
-        raise FileExistsError(
-            f"The output directory {directory} is not empty and holds no checkpoint (no "
-            f"{CONFIG_FILE}), so it is not overwritten. Name another directory."
-        )
 
 
-def read_esparse(path: PathLike) -> dict[str, Any] | None:
-    """What `esparse.json` says; None for a checkpoint that was not pruned by this package.
+def compressed_layers(path: PathLike) -> tuple[str, ...]:
+    """The linears that a checkpoint directory holds compressed, by path; none in the hf format.
 
     Raises:
-        ValueError: The file is broken, or of a later format.
+        ValueError: `esparse.json` does not list them, or cannot be read.
     """
-    path = _directory(path)
-    file = path / ESPARSE_FILE
-    if not file.is_file():
-        return None
-    fields = _read_json(file)
-    version = fields.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    recorded = read_esparse(path)
+    if recorded is None or format_of(recorded) == "hf":
+        return ()
+    layers = recorded.get("layers")
+    if not isinstance(layers, (dict, list)) or not all(isinstance(name, str) for name in layers):
         raise ValueError(
-            f"{file} has format_version {version!r}; this version reads 1 to {FORMAT_VERSION}. "
-            f"Install a newer esparse_jax."
+            f"The esparse.json of {path} does not list the compressed layers (layers: their "
+            f"paths), so its tensors cannot be told apart. Download it again, or compress the "
+            f"pruned checkpoint again."
         )
-    return fields
+    return tuple(dict.fromkeys(layers))
 
 
-def read_permutations(path: PathLike) -> dict[str, np.ndarray]:
-    """The channel order in which each pruned layer is N:M, by path; empty where none is stored.
+def abstract_model(config: LlamaConfig) -> LlamaForCausalLM:
+    """The model without arrays: shapes and dtypes only."""
+    return nnx.eval_shape(lambda: LlamaForCausalLM(config, rngs=nnx.Rngs(0)))
 
-    The arrays are as they stand in the file; `verify_checkpoint` says whether they are
-    permutations.
+
+def check_tensors(
+    path: Path, files: TensorFiles, model: LlamaForCausalLM, layers: Collection[str] = ()
+) -> None:
+    """All disagreements between a directory's tensors and a model, in one error.
+
+    Args:
+        path: The directory, for the message.
+        files: Its tensors.
+        model: Arrays are not needed, see `abstract_model`.
+        layers: Those of its linears that the directory holds compressed.
     """
-    file = _directory(path) / PERMUTATIONS_FILE
-    if not file.is_file():
-        return {}
-    stored = read_tensors(file)
-    return {name.removesuffix(PERMUTATION_SUFFIX): values for name, values in stored.items()}
-
-
-def write_json(path: PathLike, values: Mapping[str, Any]) -> None:
-    """Writes values as JSON, in one go at the end: numbers of numpy and JAX, paths, dataclasses.
-
-    JSON has no infinity and no NaN; both become null.
-    """
-    path = Path(path)
-    text = json.dumps(_plain_values(values), indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def package_version() -> str:
-    """The installed version of this package; "unknown" when it runs without being installed."""
-    try:
-        return package_metadata.version("esparse-jax")
-    except package_metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _directory(path: PathLike) -> Path:
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"There is no directory {path}. Give the checkpoint directory: the one with "
-            f"{CONFIG_FILE} and the safetensors files."
+    wrong = [line for _, line in tensor_problems(files, model, layers)]
+    if wrong:
+        lost = not layers and any(name.endswith(VALUES_SUFFIX) for name in files.names)
+        hint = f", or the {ESPARSE_FILE} of a compressed checkpoint is not there" if lost else ""
+        raise ValueError(
+            f"The weights in {path} do not fit its {CONFIG_FILE}; {len(wrong)} disagreements. They "
+            f"belong to different models, or a file was not downloaded whole{hint}:\n"
+            + "\n".join(wrong)
         )
-    return path
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}. Download it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} must hold one JSON object; it holds a {type(fields).__name__}.")
-    return fields
+def tensor_problems(
+    files: TensorFiles, model: LlamaForCausalLM, layers: Collection[str] = ()
+) -> list[tuple[str, str]]:
+    """What `check_tensors` reports: the tensor or the layer concerned, and a line about it."""
+    shapes = _shapes(model)
+    linears = dict(iter_linears(model))
+    wrong = []
+    for layer in layers:
+        if layer not in linears:
+            wrong.append((layer, f"no such linear: {layer}, listed in {ESPARSE_FILE}"))
+            continue
+        out, channels = shapes[f"{layer}.weight"]
+        if channels % GROUP:
+            line = f"not compressible: {layer} has {channels} channels, no multiple of {GROUP}"
+            wrong.append((layer, line))
+            continue
+        del shapes[f"{layer}.weight"]
+        shapes[layer + VALUES_SUFFIX] = (out, channels // KEPT)
+        shapes[layer + INDICES_SUFFIX] = (out, -(-channels // (2 * GROUP)))
+        if layer + PERMUTATION_SUFFIX in files.names:
+            shapes[layer + PERMUTATION_SUFFIX] = (channels,)
+    extra = {name for name in files.names - set(shapes) if not _derived(name)}
+    tied = {name for name in extra if name in TIED_TENSORS}
+    wrong += [
+        (name, f"missing: {name} {shapes[name]}") for name in sorted(set(shapes) - files.names)
+    ]
+    wrong += [(name, f"unexpected: {name} {files.shape(name)}") for name in sorted(extra - tied)]
+    for name in sorted(files.names & set(shapes)):
+        if files.shape(name) != shapes[name]:
+            line = f"wrong shape: {name} is {files.shape(name)}, config.json gives {shapes[name]}"
+            wrong.append((name, line))
+        allowed = _KINDS.get(split_name(name)[1], tuple(FLOATING_DTYPES))
+        if files.dtype(name) not in allowed:
+            line = f"wrong dtype: {name} is {files.dtype(name)}, it may be {', '.join(allowed)}"
+            wrong.append((name, line))
+    for name in sorted(tied):
+        embedding = TIED_TENSORS[name]
+        if embedding in files.names and not _same_bytes(files.read(name), files.read(embedding)):
+            line = f"not tied: {name} differs from {embedding}, yet config.json has "
+            wrong.append((name, line + "tie_word_embeddings true"))
+    return wrong
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
-    """The fields of a directory's `config.json`, and the configuration that they give."""
-    fields = _config_fields(path)
-    try:
-        return fields, LlamaConfig.from_dict(fields)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
+def _abstract_sparse(linear: nnx.Linear, shuffled: bool) -> SparseLinear:
+    """The compressed layer that takes the place of a linear, without arrays."""
+    out, channels = linear.out_features, linear.in_features
 
+    def build() -> SparseLinear:
+        values = jnp.zeros((out, channels // KEPT), linear.param_dtype)
+        indices = jnp.zeros((out, -(-channels // (2 * GROUP))), jnp.uint8)
+        order = jnp.zeros(channels, jnp.int32) if shuffled else None
+        bias = jnp.zeros(out, linear.param_dtype) if linear.use_bias else None
+        compressed = Compressed24(values, indices, (out, channels))
+        return SparseLinear(compressed, order, bias, dtype=linear.dtype)
 
-def _config_fields(path: Path) -> dict[str, Any]:
-    file = path / CONFIG_FILE
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{path} has no {CONFIG_FILE}. Give the checkpoint directory: the one with "
-            f"{CONFIG_FILE} and the safetensors files."
-        )
-    return _read_json(file)
+    return nnx.eval_shape(build)
 
 
 def _check_tokenizer(path: Path, tokenizer: Any, config: LlamaConfig) -> None:
@@ -416,34 +430,15 @@ def _derived(name: str) -> bool:
     return name.endswith(DERIVED_TENSORS)
 
 
-def _check_tensors(path: Path, files: TensorFiles, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """All disagreements between the files and the model, in one error."""
-    extra = {name for name in files.names - set(shapes) if not _derived(name)}
-    tied = {name for name in extra if name in TIED_TENSORS}
-    wrong = [f"missing: {name} {shapes[name]}" for name in sorted(set(shapes) - files.names)]
-    wrong += [f"unexpected: {name} {files.shape(name)}" for name in sorted(extra - tied)]
-    for name in sorted(files.names & set(shapes)):
-        if files.shape(name) != shapes[name]:
-            wrong.append(
-                f"wrong shape: {name} is {files.shape(name)}, config.json gives {shapes[name]}"
-            )
-        if files.dtype(name) not in FLOATING_DTYPES:
-            wrong.append(
-                f"wrong dtype: {name} is {files.dtype(name)}, it may be "
-                f"{', '.join(FLOATING_DTYPES)}"
-            )
-    wrong += [
-        f"not tied: {name} differs from {TIED_TENSORS[name]}, yet config.json has "
-        f"tie_word_embeddings true"
-        for name in sorted(tied)
-        if TIED_TENSORS[name] in files.names
-        and not _same_bytes(files.read(name), files.read(TIED_TENSORS[name]))
-    ]
-    if wrong:
-        raise ValueError(
-            f"The weights in {path} do not fit its {CONFIG_FILE}; {len(wrong)} disagreements. They "
-            f"belong to different models, or a file was not downloaded whole:\n" + "\n".join(wrong)
-        )
+def _shapes(model: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's tensors in the hf format, by name."""
+    shapes = {
+        _name(place): _stored_shape(place, variable)
+        for place, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+    for path, linear in iter_linears(model):
+        shapes[f"{path}.weight"] = (linear.out_features, linear.in_features)
+    return shapes
 
 
 def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
@@ -468,19 +463,22 @@ def _read(
     return converted, []
 
 
-def _plain(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model with plain linears only; masks are applied."""
+def _writable(model: LlamaForCausalLM, format: Format) -> LlamaForCausalLM:
+    """The model with the kinds of layers that the format holds; masks are applied."""
+    kinds = (nnx.Linear,) if format == "hf" else (nnx.Linear, SparseLinear)
     masked, wrong = {}, []
     for path, linear in iter_linears(model):
         if isinstance(linear, MaskedLinear):
             masked[path] = with_weight(linear.linear, weight_of(linear))
-        elif not isinstance(linear, nnx.Linear):
+        elif not isinstance(linear, kinds):
             wrong.append(f"{path}: {type(linear).__name__}")
     if wrong:
-        raise TypeError(
-            "save_model writes dense models; these layers are compressed or observed. Save the "
-            "pruned model from which the compressed one was made.\n" + "\n".join(wrong)
-        )
+        mend = {
+            "hf": "The hf format holds dense layers; these are compressed or observed. Save the "
+            "pruned model from which the compressed one was made, or give format='compressed'.",
+            "compressed": "Observed layers cannot be written; take them out with unobserve.",
+        }
+        raise TypeError(mend[format] + "\n" + "\n".join(wrong))
     return replace_linears(model, masked) if masked else model
 
 
@@ -517,77 +515,158 @@ def _check_permutations(
         raise ValueError("Layers or permutations that do not fit the model:\n" + "\n".join(wrong))
 
 
-def is_permutation(permutation: np.ndarray, channels: int) -> bool:
-    """Whether it holds each channel once."""
-    return permutation.shape == (channels,) and np.array_equal(
-        np.sort(permutation), np.arange(channels)
-    )
-
-
-def _write_permutations(file: Path, permutations: Mapping[str, Any]) -> str:
-    arrays = {
-        f"{path}{PERMUTATION_SUFFIX}": np.asarray(permutation, np.int32)
-        for path, permutation in permutations.items()
-    }
-    layout = {name: ("I32", array.shape) for name, array in arrays.items()}
-    return write_tensors(file, layout, arrays.__getitem__)
-
-
-def _write_new(
-    directory: Path,
+def _layers_to_compress(
     model: LlamaForCausalLM,
-    parameters: Mapping[str, tuple[tuple[Any, ...], Any]],
-    tensor: Callable[[str], np.ndarray],
-) -> dict[str, str]:
-    """Configuration and weights as the model holds them; gives the sha256 of the files."""
-    layout = {}
-    for name, (place, variable) in parameters.items():
-        dtype = np.dtype(variable.get_value().dtype)
-        layout[name] = (header_dtype(dtype), _stored_shape(place, variable))
-    stored = str(parameters["model.embed_tokens.weight"][1].get_value().dtype)
-    config = dataclasses.replace(model.config, dtype=stored)
-    write_json(directory / CONFIG_FILE, config.to_dict())
-    shards = _shards(layout)
-    if len(shards) == 1:
-        return {SINGLE_FILE: write_tensors(directory / SINGLE_FILE, shards[0], tensor)}
-    written, weight_map, total = {}, {}, 0
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        written[file] = write_tensors(directory / file, shard, tensor)
-        weight_map |= dict.fromkeys(shard, file)
-        total += sum(_byte_size(*entry) for entry in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(directory / INDEX_FILE, index)
-    return written
+    metadata: Mapping[str, Any] | None,
+    permutations: Mapping[str, Any] | None,
+) -> tuple[dict[str, Any], dict[str, np.ndarray | None]]:
+    """Metadata that lists the layers to write compressed, and in which order each is 2:4."""
+    linears = dict(iter_linears(model))
+    brought = {
+        path: None if linear.permutation is None else np.asarray(linear.permutation[...])
+        for path, linear in linears.items()
+        if isinstance(linear, SparseLinear)
+    }
+    if metadata is None:
+        if not brought:
+            raise ValueError(
+                "The compressed format holds the pruned layers of a model; without metadata "
+                "nobody can tell which they are. Give metadata={'pattern': '2:4', 'layers': [...]} "
+                "or the report's, and its permutations."
+            )
+        metadata = {"pattern": "2:4"}
+    require_compressible(NMPattern.parse(metadata["pattern"]))
+    given = {path: np.asarray(order) for path, order in (permutations or {}).items()}
+    layers = listed_layers(metadata, {**given, **brought}, lambda: model.config)
+    orders, wrong = {}, []
+    for path in sorted(set(brought) - set(layers)):
+        wrong.append(f"{path}: compressed in the model, but not listed in metadata['layers']")
+    for path in sorted(set(given) - set(layers)):
+        wrong.append(f"{path}: has a permutation, but is not listed in metadata['layers']")
+    for path in layers:
+        channels = linears[path].in_features
+        if channels % GROUP:
+            wrong.append(f"{path}: {channels} channels are no multiple of {GROUP}")
+        orders[path] = order_of(brought.get(path, given.get(path)), channels)
+        if path in brought and path in given:
+            ours = np.arange(channels) if orders[path] is None else orders[path]
+            if not np.array_equal(ours, given[path]):
+                wrong.append(f"{path}: compressed in another order than permutations gives")
+    if wrong:
+        raise ValueError(
+            "Layers that cannot be written in the compressed format:\n" + "\n".join(wrong)
+        )
+    return {**metadata, "layers": metadata.get("layers") or layers}, orders
 
 
-def _byte_size(kind: str, shape: tuple[int, ...]) -> int:
-    return FLOATING_DTYPES[kind].itemsize * math.prod(shape)
+class _Held:
+    """The tensors that a model holds, in the hf format."""
+
+    def __init__(self, model: LlamaForCausalLM):
+        self._parameters = {
+            _name(place): (place, variable)
+            for place, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        }
+        self._compressed = {
+            f"{path}.weight": linear
+            for path, linear in iter_linears(model)
+            if isinstance(linear, SparseLinear)
+        }
+        self.layout = {}
+        for name, (place, variable) in self._parameters.items():
+            dtype = np.dtype(variable.get_value().dtype)
+            self.layout[name] = (header_dtype(dtype), _stored_shape(place, variable))
+        for name, linear in self._compressed.items():
+            dtype = np.dtype(linear.weight.get_value().dtype)
+            self.layout[name] = (header_dtype(dtype), (linear.out_features, linear.in_features))
+
+    def read(self, name: str) -> np.ndarray:
+        if name in self._compressed:
+            return _dense_weight(name, self._compressed[name])
+        place, variable = self._parameters[name]
+        value = variable.get_value()
+        return np.asarray(value.T) if place[-1] in TRANSPOSED else _on_host(value)
 
 
-def _shards(layout: Layout) -> list[dict[str, tuple[str, tuple[int, ...]]]]:
-    """The tensors in files of at most `_SHARD_BYTES` (a larger tensor has its own)."""
-    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
-    size = 0
-    for name, entry in layout.items():
-        more = _byte_size(*entry)
-        if shards[-1] and size + more > _SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = entry
-        size += more
-    return shards
+def _dense_weight(name: str, linear: SparseLinear) -> np.ndarray:
+    compressed = linear.weight.get_value()
+    indices = _on_host(compressed.indices)
+    if problem := index_error(indices, linear.in_features):
+        raise ValueError(f"{name}: {problem}. Make compressed weights with compress24.")
+    weight = unpack(_on_host(compressed.values), indices)
+    if linear.permutation is None:
+        return weight
+    return reordered(weight, np.argsort(np.asarray(linear.permutation[...])))
+
+
+def _on_host(array: Array) -> np.ndarray:
+    # Of a copy: an array keeps what was once fetched of it for as long as it lives.
+    return np.asarray(jnp.copy(array))
+
+
+class _Restored:
+    """The tensors of a source checkpoint, with what a model changed in them."""
+
+    def __init__(self, stored: Tensors, held: _Held):
+        self._stored, self._held = stored, held
+        self.layout = stored.layout
+
+    def read(self, name: str) -> np.ndarray:
+        stored = self._stored.read(name)
+        changed = self.changed(name, stored)
+        return stored if changed is None else changed
+
+    def changed(self, name: str, stored: np.ndarray) -> np.ndarray | None:
+        """What the source's tensor is to be; None for one that is not the model's."""
+        held = name if name in self._held.layout else TIED_TENSORS.get(name)
+        return None if held is None else restore_kept(stored, self._held.read(held))
 
 
 def _write_like(
-    directory: Path,
-    source: Path,
-    config: LlamaConfig,
-    parameters: Mapping[str, Any],
-    tensor: Callable[[str], np.ndarray],
+    directory: Path, source: Path, model: LlamaForCausalLM, held: _Held
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The source's files with the model's weights; gives the sha256 of the new and old files."""
-    source = _directory(source)
+    source = _source_of(model, source)
+    if compressed_layers(source):
+        raise ValueError(
+            f"like={source} is a compressed checkpoint; the hf format has other tensors. Expand it "
+            f"first (esparse expand) and give that directory, or write format='compressed'."
+        )
+    carry_files(source, directory)
+    with TensorFiles(source) as files:
+        check_tensors(source, files, model)
+        replace = _Restored(files, held).changed
+    written, sources = {}, {}
+    for path in files.paths:
+        sources[path.name], written[path.name] = rewrite_tensors(
+            path, directory / path.name, replace
+        )
+    if files.paths[0].name != SINGLE_FILE:
+        shutil.copyfile(source / INDEX_FILE, directory / INDEX_FILE)
+    return written, sources
+
+
+def _compress_like(
+    directory: Path,
+    source: Path,
+    model: LlamaForCausalLM,
+    held: _Held,
+    orders: Mapping[str, np.ndarray | None],
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The source's tensors with the model's weights, compressed; gives sha256 as `_write_like`."""
+    source = _source_of(model, source)
+    layers = compressed_layers(source)
+    carry_files(source, directory)
+    with TensorFiles(source) as files:
+        check_tensors(source, files, model, layers)
+        dense = _Restored(DenseForm(files, layers), held)
+        written = write_shards(directory, CompressedForm(dense, orders))
+    return written, {path.name: file_sha256(path) for path in files.paths}
+
+
+def _source_of(model: LlamaForCausalLM, source: Path) -> Path:
+    """The directory, if the model may have been loaded from it."""
+    source, config = require_directory(source), model.config
     theirs = dataclasses.replace(read_config(source)[1], dtype=config.dtype)
     if theirs != config:
         differing = [
@@ -599,30 +678,7 @@ def _write_like(
             f"The model was not loaded from like={source}; their configurations differ in "
             f"{'; '.join(differing)}. Give the directory it was loaded from, or no like."
         )
-
-    def replace(name: str, stored: np.ndarray) -> np.ndarray | None:
-        known = name in parameters or name in TIED_TENSORS
-        return restore_kept(stored, tensor(name)) if known else None
-
-    for file in sorted(source.iterdir()):
-        carried = file.name in _CARRIED_FILES or file.name.startswith(_CARRIED_PREFIXES)
-        if carried and file.is_file():
-            shutil.copyfile(file, directory / file.name)
-    with TensorFiles(source) as files:
-        paths = files.paths
-        _check_tensors(
-            source,
-            files,
-            {name: _stored_shape(place, leaf) for name, (place, leaf) in parameters.items()},
-        )
-    written, sources = {}, {}
-    for path in paths:
-        sources[path.name], written[path.name] = rewrite_tensors(
-            path, directory / path.name, replace
-        )
-    if paths[0].name != SINGLE_FILE:
-        shutil.copyfile(source / INDEX_FILE, directory / INDEX_FILE)
-    return written, sources
+    return source
 
 
 def restore_kept(stored: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -639,57 +695,3 @@ def restore_kept(stored: np.ndarray, values: np.ndarray) -> np.ndarray:
     # model's dtype nor a pruned -0 comes back.
     unchanged &= (values != 0) | ((stored == 0) & (np.signbit(stored) == np.signbit(values)))
     return np.where(unchanged, stored, values.astype(stored.dtype))
-
-
-@contextlib.contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    """A new directory beside the given one that takes its place when the block ends well."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    name = f".{directory.name}.{uuid.uuid4().hex}"
-    beside, aside = directory.with_name(f"{name}.new"), directory.with_name(f"{name}.old")
-    beside.mkdir()
-    try:
-        yield beside
-        earlier = directory.is_dir() and any(directory.iterdir())
-        if earlier:
-            _keep_others(directory, beside)
-            directory.rename(aside)
-        try:
-            beside.rename(directory)
-        except BaseException:
-            if earlier:
-                aside.rename(directory)
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _keep_others(earlier: Path, beside: Path) -> None:
-    """Copies what is no part of a checkpoint from an earlier directory into its successor."""
-    for entry in earlier.iterdir():
-        weights = ".safetensors" in entry.name
-        ours = weights or entry.name in (*_CARRIED_FILES, ESPARSE_FILE)
-        if ours or (beside / entry.name).exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, beside / entry.name, symlinks=True)
-        else:
-            shutil.copy2(entry, beside / entry.name, follow_symlinks=False)
-
-
-def _plain_values(value: Any) -> Any:
-    """Lists, dicts, strings and numbers for JSON."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain_values(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain_values(entry) for entry in value]
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return _plain_values(np.asarray(value).tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)

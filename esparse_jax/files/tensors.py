@@ -12,10 +12,11 @@ so a file of any size is read and written holding one tensor at a time.
 import contextlib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -30,16 +31,36 @@ FLOATING_DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-_STORED_DTYPES = {**FLOATING_DTYPES, "I32": np.dtype(np.int32)}
-_HEADER_NAMES = {dtype: name for name, dtype in _STORED_DTYPES.items()}
+_WRITTEN_DTYPES = {**FLOATING_DTYPES, "I32": np.dtype(np.int32), "U8": np.dtype(np.uint8)}
+_HEADER_NAMES = {dtype: name for name, dtype in _WRITTEN_DTYPES.items()}
+
+# What is only ever copied: tensors that the configuration determines.
+_STORED_DTYPES = {
+    **_WRITTEN_DTYPES,
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+}
 
 # Exponent bits of the dtypes: all of them set is NaN or Inf.
 _EXPONENTS = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
 
 _PART = 1 << 24  # bytes hashed at once
+_ROWS = 1024  # rows of a weight looked at together
+
+_SHARD_BYTES = 5 * 10**9  # transformers' limit for one file
 
 # name -> (dtype in the header, shape)
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+@runtime_checkable
+class Tensors(Protocol):
+    """Named tensors, each in memory only when it is read: from files, or made of other tensors."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def read(self, name: str) -> np.ndarray: ...
 
 
 class TensorFiles:
@@ -59,6 +80,7 @@ class TensorFiles:
     def __init__(self, directory: Path):
         self.directory = directory
         self.paths = _weight_files(directory)
+        self.layout: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._files: dict[str, Any] = {}  # by tensor name
         self._opened = contextlib.ExitStack()
 
@@ -68,7 +90,10 @@ class TensorFiles:
             for path in self.paths:
                 file = opened.enter_context(_open(path))
                 held[path.name] = set(file.keys())
-                self._files |= dict.fromkeys(held[path.name], file)
+                for name in sorted(held[path.name]):
+                    entry = file.get_slice(name)
+                    self.layout[name] = (entry.get_dtype(), tuple(entry.get_shape()))
+                    self._files[name] = file
             _check_index(self.directory, held)
             self._opened = opened.pop_all()
         return self
@@ -78,30 +103,39 @@ class TensorFiles:
 
     @property
     def names(self) -> set[str]:
-        return set(self._files)
+        return set(self.layout)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self.layout[name][1]
 
     def dtype(self, name: str) -> str:
         """The dtype as the header calls it: F32, BF16, ..."""
-        return self._files[name].get_slice(name).get_dtype()
+        return self.layout[name][0]
 
     def read(self, name: str) -> np.ndarray:
         return self._files[name].get_tensor(name)
 
 
+def bits_of(values: np.ndarray) -> np.ndarray:
+    """The same bytes as unsigned integers, which no processor rounds, flushes or quiets."""
+    return values.view(np.uint32 if values.dtype.itemsize == 4 else np.uint16)
+
+
 def nonfinite_count(values: np.ndarray) -> int:
     """How many NaN or Inf there are, by the bits: several times faster than isfinite in 16 bit."""
     exponent = _EXPONENTS[_HEADER_NAMES[values.dtype]]
-    bits = values.view(np.uint32 if values.dtype.itemsize == 4 else np.uint16)
-    return int(np.count_nonzero((bits & exponent) == exponent))
+    return int(np.count_nonzero((bits_of(values) & exponent) == exponent))
 
 
 def nonzero(values: np.ndarray) -> np.ndarray:
     """Where the values are not zero, of either sign; NaN is not zero."""
-    bits = values.view(np.uint32 if values.dtype.itemsize == 4 else np.uint16)
-    return (bits << 1) != 0
+    return (bits_of(values) << 1) != 0
+
+
+def row_slices(rows: int) -> Iterator[slice]:
+    """The rows of a weight, so many at a time that what is computed from them stays small."""
+    for start in range(0, rows, _ROWS):
+        yield slice(start, min(start + _ROWS, rows))
 
 
 def header_dtype(dtype: np.dtype) -> str:
@@ -131,7 +165,7 @@ def write_tensors(path: Path, layout: Layout, tensor: Callable[[str], np.ndarray
     end = 0
     for name in order:
         kind, shape = layout[name]
-        begin, end = end, end + sizes[name] * int(np.prod(shape, dtype=np.int64))
+        begin, end = end, end + byte_size(kind, shape)
         fields[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
     header = json.dumps(fields, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -142,10 +176,54 @@ def write_tensors(path: Path, layout: Layout, tensor: Callable[[str], np.ndarray
             kind, shape = layout[name]
             values = tensor(name)
             assert values.shape == shape, name
-            assert header_dtype(values.dtype) == kind, name
+            assert values.dtype == _STORED_DTYPES[kind], name
             _put(file, _as_bytes(values), digest)
         _to_disk(file)
     return digest.hexdigest()
+
+
+def write_shards(directory: Path, tensors: Tensors) -> dict[str, str]:
+    """Writes tensors as `model.safetensors`, or as files of 5 GB with an index beside them.
+
+    Args:
+        directory: Where to write.
+        tensors: What to write; the order of the layout decides what comes into the same file.
+
+    Returns:
+        The sha256 of each file of tensors, by its name.
+    """
+    shards = _shards(tensors.layout)
+    if len(shards) == 1:
+        return {SINGLE_FILE: write_tensors(directory / SINGLE_FILE, shards[0], tensors.read)}
+    written, weight_map, total = {}, {}, 0
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        written[file] = write_tensors(directory / file, shard, tensors.read)
+        weight_map |= dict.fromkeys(shard, file)
+        total += sum(byte_size(*entry) for entry in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    text = json.dumps(index, indent=2) + "\n"
+    (directory / INDEX_FILE).write_text(text, encoding="utf-8")
+    return written
+
+
+def byte_size(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of a layout."""
+    return _STORED_DTYPES[kind].itemsize * math.prod(shape)
+
+
+def _shards(layout: Layout) -> list[dict[str, tuple[str, tuple[int, ...]]]]:
+    """The tensors in files of at most `_SHARD_BYTES` (a larger tensor has its own)."""
+    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, entry in layout.items():
+        more = byte_size(*entry)
+        if shards[-1] and size + more > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += more
+    return shards
 
 
 def rewrite_tensors(

@@ -2,24 +2,32 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped, UInt8
 
-from esparse_jax.files.checkpoint import (
+from esparse_jax.files.checkpoint import abstract_model, compressed_layers, tensor_problems
+from esparse_jax.files.compressed import (
+    INDICES_SUFFIX,
+    VALUES_SUFFIX,
+    index_error,
+    kept_places,
+    permutation_error,
+)
+from esparse_jax.files.directory import (
+    PERMUTATION_SUFFIX,
     PERMUTATIONS_FILE,
-    is_permutation,
+    format_of,
+    listed_layers,
     read_config,
     read_esparse,
     read_permutations,
 )
-from esparse_jax.files.tensors import TensorFiles, file_sha256, nonzero
-from esparse_jax.models.llama import LAYERS_PATH, PRUNED_GROUPS
+from esparse_jax.files.tensors import TensorFiles, file_sha256, nonzero, row_slices
 from esparse_jax.pruning.mask import NMPattern
-
-_ROWS = 1024  # rows of a weight looked at together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +70,8 @@ class VerifyResult:
         violations: The first groups that are wrong, layer by layer.
         violation_count: How many there are in all.
         problems: What makes the record of the pruning useless: a permutation that is none, a
-            layer that is not there.
+            layer that is not there. Of a compressed checkpoint also tensors that do not fit its
+            configuration, and indices that are not valid.
         changed_files: Files that differ from those that `esparse.json` was written with.
     """
 
@@ -115,6 +124,9 @@ def verify_checkpoint(
     order of its permutation, and the files of weights are compared with the hashes in it.
     Elsewhere all decoder linears are, in their natural order. One tensor is in memory at a time.
 
+    In a compressed checkpoint names, shapes and dtypes of all tensors and the indices of every
+    group are checked as well.
+
     Args:
         path: The checkpoint directory.
         pattern: What to check for; None for the one in `esparse.json`.
@@ -133,48 +145,138 @@ def verify_checkpoint(
                 f"NMPattern(2, 4) (--pattern 2:4)."
             )
         pattern = NMPattern.parse(str(recorded.get("pattern")))
-    problems: list[str] = []
-    permutations = _permutations(path, recorded, problems)
-    layers = _listed_layers(path, recorded, permutations)
+    check = _check_compressed if format_of(recorded) == "compressed" else _check_hf
+    found = check(path, recorded, pattern, max_violations)
+    return VerifyResult(
+        pattern=str(pattern),
+        layers=found.layers,
+        groups=found.groups,
+        violations=tuple(found.violations),
+        violation_count=found.violation_count,
+        problems=tuple(found.problems),
+        changed_files=_changed_files(path, recorded),
+    )
+
+
+@dataclasses.dataclass
+class _Found:
+    """What the layers looked at so far gave."""
+
+    pattern: NMPattern
+    wanted: int  # violations to name
+    layers: int = 0
+    groups: int = 0
+    violations: list[Violation] = dataclasses.field(default_factory=list)
+    violation_count: int = 0
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def look(
+        self,
+        layer: str,
+        parts: Iterator[Bool[np.ndarray, "row channel"]],
+        order: Int[np.ndarray, " channel"],
+    ) -> None:
+        """Counts a layer's groups.
+
+        Args:
+            layer: Its path.
+            parts: Some rows after the others: which weights are not zero, in that order.
+            order: Of its channels.
+        """
+        pattern, start = self.pattern, 0
+        for kept in parts:
+            counts = kept.reshape(len(kept), -1, pattern.m).sum(axis=2)
+            places = np.argwhere(counts > pattern.n)
+            self.violation_count += len(places)
+            self.groups += counts.size
+            for row, group in places[: max(0, self.wanted - len(self.violations))]:
+                channels = order[group * pattern.m : (group + 1) * pattern.m]
+                violation = Violation(
+                    layer=layer,
+                    row=int(start + row),
+                    group=int(group),
+                    count=int(counts[row, group]),
+                    channels=tuple(map(int, channels)),
+                    pattern=str(pattern),
+                )
+                self.violations.append(violation)
+            start += len(kept)
+        self.layers += 1
+
+
+def _check_hf(
+    path: Path, recorded: dict[str, Any] | None, pattern: NMPattern, wanted: int
+) -> _Found:
+    found = _Found(pattern, wanted)
+    permutations = _permutations(path, recorded, found.problems)
+    layers = listed_layers(recorded, permutations, lambda: read_config(path)[1])
     if not layers:
-        problems.append("no layer is listed as pruned, so there is nothing to check")
+        found.problems.append("no layer is listed as pruned, so there is nothing to check")
     for layer in sorted(set(permutations) - set(layers)):
-        problems.append(f"{layer}: has a permutation but is not listed as pruned")
-    violations: list[Violation] = []
-    count = groups = checked = 0
+        found.problems.append(f"{layer}: has a permutation but is not listed as pruned")
     with TensorFiles(path) as files:
         for layer in layers:
             name = f"{layer}.weight"
             if name not in files.names:
-                problems.append(f"{layer}: the checkpoint has no tensor {name}")
+                found.problems.append(f"{layer}: the checkpoint has no tensor {name}")
                 continue
             _, channels = files.shape(name)
             if channels % pattern.m:
-                problems.append(f"{layer}: {channels} channels are no multiple of {pattern.m}")
-                continue
-            order = permutations.get(layer, np.arange(channels))
-            if not is_permutation(order, channels):
-                problems.append(
-                    f"{layer}: its permutation does not hold each of 0..{channels - 1} once, so "
-                    f"its groups are not known"
+                found.problems.append(
+                    f"{layer}: {channels} channels are no multiple of {pattern.m}"
                 )
                 continue
-            found, total = _check_layer(
-                layer, files.read(name), order, pattern, max_violations - len(violations)
-            )
-            violations += found
-            count += total
-            checked += 1
-            groups += files.shape(name)[0] * channels // pattern.m
-    return VerifyResult(
-        pattern=str(pattern),
-        layers=checked,
-        groups=groups,
-        violations=tuple(violations),
-        violation_count=count,
-        problems=tuple(problems),
-        changed_files=_changed_files(path, recorded),
-    )
+            order = permutations.get(layer, np.arange(channels))
+            if problem := permutation_error(order, channels):
+                found.problems.append(f"{layer}: {problem}, so its groups are not known")
+                continue
+            weight = files.read(name)
+            parts = (nonzero(weight[rows])[:, order] for rows in row_slices(len(weight)))
+            found.look(layer, parts, order)
+    return found
+
+
+def _check_compressed(
+    path: Path, recorded: dict[str, Any], pattern: NMPattern, wanted: int
+) -> _Found:
+    found = _Found(pattern, wanted)
+    layers = compressed_layers(path)
+    if not layers:
+        found.problems.append("no layer is listed as pruned, so there is nothing to check")
+    with TensorFiles(path) as files:
+        wrong = tensor_problems(files, abstract_model(read_config(path)[1]), layers)
+        found.problems += [line for _, line in wrong]
+        spoiled = {name for name, _ in wrong}
+        for layer in layers:
+            parts = (VALUES_SUFFIX, INDICES_SUFFIX, PERMUTATION_SUFFIX)
+            if spoiled & {layer, *(layer + part for part in parts)}:
+                continue
+            channels = 2 * files.shape(layer + VALUES_SUFFIX)[1]
+            if channels % pattern.m:
+                found.problems.append(
+                    f"{layer}: {channels} channels are no multiple of {pattern.m}"
+                )
+                continue
+            shuffled = layer + PERMUTATION_SUFFIX in files.names
+            order = files.read(layer + PERMUTATION_SUFFIX) if shuffled else np.arange(channels)
+            indices = files.read(layer + INDICES_SUFFIX)
+            problem = index_error(indices, channels)
+            if problem := problem or permutation_error(order, channels):
+                found.problems.append(f"{layer}: {problem}, so its groups are not known")
+                continue
+            values = files.read(layer + VALUES_SUFFIX)
+            found.look(layer, _unpacked(values, indices), order)
+    return found
+
+
+def _unpacked(
+    values: Shaped[np.ndarray, "out kept"], indices: UInt8[np.ndarray, "out byte"]
+) -> Iterator[Bool[np.ndarray, "row channel"]]:
+    """Which weights of a compressed layer are not zero, some rows after the others."""
+    for rows in row_slices(len(values)):
+        kept = kept_places(indices[rows], 2 * values.shape[1])
+        kept[kept] = nonzero(values[rows]).reshape(-1)
+        yield kept
 
 
 def _permutations(
@@ -191,52 +293,6 @@ def _permutations(
     except ValueError as error:
         problems.append(f"{error} Layers are checked in natural order")
         return {}
-
-
-def _listed_layers(
-    path: Path, recorded: dict[str, Any] | None, permutations: dict[str, Any]
-) -> list[str]:
-    if recorded is not None and "layers" in recorded:
-        return list(recorded["layers"])
-    if permutations:
-        return list(permutations)
-    blocks = read_config(path)[1].num_hidden_layers
-    return [
-        f"{LAYERS_PATH}.{block}.{linear}"
-        for block in range(blocks)
-        for group in PRUNED_GROUPS
-        for linear in group
-    ]
-
-
-def _check_layer(
-    layer: str,
-    weight: Shaped[np.ndarray, "out channel"],
-    order: Int[np.ndarray, " channel"],
-    pattern: NMPattern,
-    wanted: int,
-) -> tuple[list[Violation], int]:
-    """The first violations of a layer, and how many it has."""
-    violations: list[Violation] = []
-    total = 0
-    for start in range(0, weight.shape[0], _ROWS):
-        kept = nonzero(weight[start : start + _ROWS])[:, order]
-        counts = kept.reshape(len(kept), -1, pattern.m).sum(axis=2)
-        places = np.argwhere(counts > pattern.n)
-        total += len(places)
-        for row, group in places[: max(0, wanted - len(violations))]:
-            channels = order[group * pattern.m : (group + 1) * pattern.m]
-            violations.append(
-                Violation(
-                    layer=layer,
-                    row=int(start + row),
-                    group=int(group),
-                    count=int(counts[row, group]),
-                    channels=tuple(map(int, channels)),
-                    pattern=str(pattern),
-                )
-            )
-    return violations, total
 
 
 def _changed_files(path: Path, recorded: dict[str, Any] | None) -> tuple[str, ...]:

@@ -108,7 +108,8 @@ def weight_of(linear: nnx.Module) -> Float[Array, "out channel"]:
         return linear.kernel[...].T
     raise TypeError(
         f"{type(linear).__name__} holds no dense weight; weight_of takes nnx.Linear, "
-        f"ObservedLinear and MaskedLinear. For a SparseLinear use decompress24."
+        f"ObservedLinear and MaskedLinear. For a SparseLinear use decompress24, or expand its "
+        f"checkpoint (esparse expand)."
     )
 
 
@@ -195,6 +196,20 @@ def matches_path(path: str, names: Collection[str]) -> bool:
     return any(dotted.startswith(f".{name}.") or dotted.endswith(f".{name}.") for name in names)
 
 
+def require_compressible(pattern: NMPattern) -> None:
+    """Passes 2:4 and 1:4, the patterns that `Compressed24` has room for.
+
+    Raises:
+        ValueError: Another pattern.
+    """
+    if pattern.m != 4 or pattern.n > 2:
+        raise ValueError(
+            f"{pattern} has no compressed form: that holds two values and their 2-bit places for "
+            f"every 4 channels, so 2:4 and 1:4 fit, while 4:8 may keep all four values of 8 "
+            f"channels in one group of 4. Keep the masked dense model (format 'hf') for {pattern}."
+        )
+
+
 def sparsify_model(
     model: ModuleT,
     permutations: Mapping[str, Int[Array, " channel"] | Int[np.ndarray, " channel"] | None],
@@ -222,11 +237,7 @@ def sparsify_model(
 
     Source: E-Sparse, section 4.
     """
-    if pattern.m != 4 or pattern.n > 2:
-        raise ValueError(
-            f"{pattern} has no compressed form: it holds two values and their 2-bit places for "
-            f"every 4 channels, so 2:4 and 1:4 fit. Keep the masked dense model for {pattern}."
-        )
+    require_compressible(pattern)
     replacements, wrong = {}, []
     for path, permutation in permutations.items():
         if matches_path(path, skip):

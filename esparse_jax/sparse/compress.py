@@ -83,7 +83,7 @@ def _kept_table() -> np.ndarray:
     return np.array(table, dtype=np.uint8)
 
 
-_NIBBLE_OF_SET = _kept_table()
+NIBBLE_OF_SET = _kept_table()
 _UINT_OF_SIZE = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
@@ -209,7 +209,7 @@ def _compress24(
     nonzero = nonzero.reshape(out, -1, GROUP)
 
     occupied = sum(nonzero[..., p].astype(jnp.uint8) << p for p in range(GROUP))
-    nibble = jnp.asarray(_NIBBLE_OF_SET)[occupied]
+    nibble = jnp.asarray(NIBBLE_OF_SET)[occupied]
     first, second = nibble & 3, nibble >> 2
     b0, b1, b2, b3 = (bits[..., p] for p in range(GROUP))
     kept = jnp.stack(

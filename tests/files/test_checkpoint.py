@@ -5,39 +5,51 @@ import hashlib
 import json
 import math
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from llama_cases import run
 from safetensors.numpy import load_file
-from tiny import VOCAB, text, tiny_checkpoint, tiny_weights, write_weights
+from tiny import VOCAB, text, tiny_checkpoint, tiny_pruned, tiny_weights, write_weights
 
 from esparse_jax.files import (
     check_output,
+    compress_checkpoint,
     load_model,
     load_tokenizer,
     read_esparse,
     read_permutations,
     save_model,
+    verify_checkpoint,
     write_json,
 )
-from esparse_jax.files import checkpoint as checkpoint_room
 from esparse_jax.files import tensors as tensors_room
-from esparse_jax.models.layers import MaskedLinear
+from esparse_jax.models.layers import MaskedLinear, SparseLinear
+from esparse_jax.models.llama import PRUNED_GROUPS
 from esparse_jax.models.surgery import (
     get_linear,
     iter_linears,
+    observe,
     replace_linears,
     sparsify_model,
     weight_of,
     with_weight,
 )
+from esparse_jax.pipeline import prune_model
+from esparse_jax.pruning import PruneConfig, init_range
+from esparse_jax.sparse import decompress24
 
 DOWN = "model.layers.1.mlp.down_proj"
 QUERY = "model.layers.0.self_attn.q_proj"
+KEY = "model.layers.0.self_attn.k_proj"
+OUT = "model.layers.0.self_attn.o_proj"
+UP = "model.layers.1.mlp.up_proj"
+PRUNED = [f"model.layers.{block}.{p}" for block in (0, 1) for g in PRUNED_GROUPS for p in g]
 IDS = np.random.default_rng(1).integers(0, VOCAB, size=(1, 9), dtype=np.int32)
 
 
@@ -60,15 +72,15 @@ def copy(source, tmp_path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "copy"))
 
 
-def masked_at_two_of_four(model, paths):
-    """Every second pair of channels is pruned."""
+def masked_at_two_of_four(model, paths, *, onto=None):
+    """Every second pair of channels is pruned; onto: in another model with the same layers."""
     linears = {path: get_linear(model, path) for path in paths}
     pruned = {}
     for path, linear in linears.items():
         weight = weight_of(linear)
         kept = (jnp.arange(weight.shape[1]) % 4 < 2)[None]
         pruned[path] = with_weight(linear, jnp.where(kept, weight, jnp.zeros((), weight.dtype)))
-    return replace_linears(model, pruned)
+    return replace_linears(onto or model, pruned)
 
 
 def stored(directory: Path) -> dict[str, np.ndarray]:
@@ -350,7 +362,7 @@ def test_without_a_source_parameters_are_written_as_held(loaded, tmp_path, monke
     assert again.config == model.config
     assert its_tokenizer.get_vocab() == tokenizer.get_vocab()
     np.testing.assert_array_equal(run(again, IDS), run(model, IDS))
-    monkeypatch.setattr(checkpoint_room, "_SHARD_BYTES", 10_000)
+    monkeypatch.setattr(tensors_room, "_SHARD_BYTES", 10_000)
     save_model(model, tmp_path / "many")
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(f.name for f in (tmp_path / "many").glob("*.safetensors"))
@@ -474,6 +486,339 @@ def test_write_json(tmp_path):
     }
     assert json.loads(file.read_text()) == expected
     assert [p.name for p in file.parent.iterdir()] == ["file.json"]
+
+
+# The compressed format
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """A bfloat16 source, the same pruned as hf, and compressed; one layer in the natural order."""
+    directory = tmp_path_factory.mktemp("compressed")
+    source, hf, orders = tiny_pruned(
+        directory, dtype="bfloat16", shards=2, intermediate_size=72, attention_bias=True
+    )
+    model, _ = load_model(hf)
+    model = masked_at_two_of_four(load_model(source)[0], [QUERY], onto=model)
+    metadata = read_esparse(hf)
+    orders[QUERY] = np.arange(32)
+    options = {"like": source, "metadata": metadata, "permutations": orders}
+    save_model(model, hf, overwrite=True, **options)
+    save_model(model, directory / "compressed", format="compressed", **options)
+    return source, hf, directory / "compressed"
+
+
+@pytest.fixture
+def broken(compressed, tmp_path) -> Path:
+    return Path(shutil.copytree(compressed[2], tmp_path / "broken"))
+
+
+def rewrite(directory: Path, change) -> None:
+    """Stores what a function makes of the tensors."""
+    weights = stored(directory)
+    change(weights)
+    write_weights(directory, weights)
+
+
+def test_pruned_layers_of_a_compressed_directory_are_compressed(compressed):
+    _, hf, directory = compressed
+    model, tokenizer = load_model(directory)
+    assert tokenizer is not None
+    assert model.dtype == jnp.bfloat16
+    weights, dense = stored(directory), stored(hf)
+    for path, linear in iter_linears(model):
+        if path == "lm_head":
+            assert isinstance(linear, nnx.Linear)
+            continue
+        assert isinstance(linear, SparseLinear)
+        held = linear.weight.get_value()
+        assert held.shape == (linear.out_features, linear.in_features)
+        assert (held.dtype, linear.dtype) == (jnp.bfloat16, jnp.bfloat16)
+        np.testing.assert_array_equal(held.values, weights[f"{path}.values"])
+        np.testing.assert_array_equal(held.indices, weights[f"{path}.indices"])
+        assert (linear.permutation is None) == (path == QUERY)
+        order = np.arange(linear.in_features)
+        if path != QUERY:
+            order = weights[f"{path}.permutation"]
+            np.testing.assert_array_equal(linear.permutation[...], order)
+        np.testing.assert_array_equal(decompress24(held), dense[f"{path}.weight"][:, order])
+        assert (linear.bias is not None) == ("self_attn" in path)
+        if linear.bias is not None:
+            np.testing.assert_array_equal(linear.bias[...], dense[f"{path}.bias"])
+    # The same model as the one made in memory.
+    made = sparsify_model(load_model(hf)[0], {p: read_permutations(hf).get(p) for p in PRUNED})
+    np.testing.assert_array_equal(run(model, IDS), run(made, IDS))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtype_converts_compressed_values(compressed, dtype):
+    model, _ = load_model(compressed[2], dtype=dtype)
+    held = get_linear(model, DOWN).weight.get_value()
+    assert held.dtype == get_linear(model, DOWN).dtype == jnp.dtype(dtype)
+    expected = stored(compressed[2])[f"{DOWN}.values"].astype(jnp.dtype(dtype))
+    np.testing.assert_array_equal(held.values, expected)
+    assert held.indices.dtype == jnp.uint8
+
+
+def test_compressed_tensors_that_do_not_fit_are_one_error(broken):
+    def change(weights):
+        del weights[f"{DOWN}.indices"]
+        weights[f"{QUERY}.values"] = weights[f"{QUERY}.values"][:, :-1].copy()
+        weights[f"{QUERY}.indices"] = weights[f"{QUERY}.indices"].astype(np.int8)
+        weights[f"{UP}.permutation"] = weights[f"{UP}.permutation"].astype(np.int64)
+        weights[f"{KEY}.permutation"] = weights[f"{KEY}.permutation"][:-1]
+        weights[f"{OUT}.weight"] = np.zeros((32, 32), np.float32)
+        weights["lm_head.values"] = np.zeros((128, 16), np.float32)
+
+    rewrite(broken, change)
+    fields = read_esparse(broken)
+    fields["layers"]["model.layers.7.mlp.up_proj"] = {}
+    write_json(broken / "esparse.json", fields)
+    with pytest.raises(ValueError, match=r"do not fit its config\.json; 8 disagreements") as error:
+        load_model(broken)
+    error.match(r"no such linear: model\.layers\.7\.mlp\.up_proj, listed in esparse\.json")
+    error.match(rf"missing: {DOWN}\.indices \(32, 9\)")
+    error.match(rf"wrong shape: {QUERY}\.values is \(32, 15\), config\.json gives \(32, 16\)")
+    error.match(rf"wrong dtype: {QUERY}\.indices is I8, it may be U8")
+    error.match(rf"wrong dtype: {UP}\.permutation is I64, it may be I32")
+    error.match(rf"wrong shape: {KEY}\.permutation is \(31,\), config\.json gives \(32,\)")
+    error.match(rf"unexpected: {OUT}\.weight \(32, 32\)")
+    error.match(r"unexpected: lm_head\.values \(128, 16\)")
+
+
+def test_a_compressed_layer_of_uneven_channels_is_named(broken):
+    edit_config(broken, intermediate_size=70)
+    with pytest.raises(ValueError, match=rf"not compressible: {DOWN} has 70 channels, no multiple"):
+        load_model(broken)
+
+
+def test_without_its_record_a_compressed_directory_is_recognised(broken):
+    (broken / "esparse.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"or the esparse\.json of a compressed checkpoint is not there:\nmissing"
+    ):
+        load_model(broken)
+    write_json(broken / "esparse.json", {"format_version": 1, "format": "compressed"})
+    with pytest.raises(ValueError, match="does not list the compressed layers"):
+        load_model(broken)
+
+
+def test_indices_permutations_and_numbers_that_are_not_valid_are_one_error(broken):
+    def change(weights):
+        weights[f"{QUERY}.indices"][5, 3] = 0x40  # low nibble 0
+        weights[f"{DOWN}.indices"][30, -1] = 0x94  # valid, and 72 channels are 18 groups
+        weights[f"{KEY}.indices"][[2, 8], 1] = 0x0F
+        weights[f"{UP}.permutation"][4] = 0
+        weights[f"{OUT}.values"][1, 1] = np.nan
+
+    rewrite(broken, change)
+    with pytest.raises(ValueError, match="compressed layers whose values have no place") as error:
+        load_model(broken)
+    error.match(f"{QUERY}: row 5, group 6: the indices name positions 0 and 0; the first must be b")
+    error.match(f"{KEY}: row 2, group 2: .* positions 3 and 3; .*; 2 of 64 index bytes are wrong")
+    error.match(f"{UP}: its permutation does not hold each of 0..31 once")
+    error.match(rf"{OUT}\.values: 1 of 512 are NaN or Inf")
+    assert DOWN not in str(error.value)
+
+    def mend(weights):
+        for layer in (QUERY, DOWN, KEY):
+            weights[f"{layer}.indices"][:] = 0x44
+        weights[f"{UP}.permutation"][:] = np.arange(32)
+
+    rewrite(broken, mend)
+    with pytest.raises(FloatingPointError, match=rf"{OUT}\.values: 1 of 512 are NaN or Inf"):
+        load_model(broken)
+    load_model(broken, check_finite=False)
+
+
+def test_the_nibble_behind_an_odd_number_of_groups_is_checked(tmp_path):
+    _, hf, _ = tiny_pruned(tmp_path, tokenizer=False, intermediate_size=60)
+    compress_checkpoint(hf, tmp_path / "out")
+    load_model(tmp_path / "out")
+    rewrite(tmp_path / "out", lambda weights: weights[f"{DOWN}.indices"].__ior__(0x40))
+    with pytest.raises(ValueError, match=f"{DOWN}: row 0: the last index byte holds one group"):
+        load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("length", [4, 20, 3000, -1])
+def test_truncated_compressed_file(broken, length):
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"model\.safetensors .* is cut short or"):
+        load_model(broken)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_compressed_is_what_hf_is_when_compressed(tmp_path, dtype):
+    """Kept values have the source's bytes, whatever the model computes in."""
+    source = tiny_checkpoint(tmp_path / "source", tokenizer=False)
+    model = masked_at_two_of_four(load_model(source, dtype=dtype)[0], [DOWN, QUERY])
+    options = {"like": source, "metadata": {"pattern": "2:4", "layers": [DOWN, QUERY]}}
+    save_model(model, tmp_path / "hf", **options)
+    save_model(model, tmp_path / "one", format="compressed", **options)
+    compress_checkpoint(tmp_path / "hf", tmp_path / "two")
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+    for layer in (DOWN, QUERY):
+        weight = load_file(source / "model.safetensors")[f"{layer}.weight"]
+        kept = weight[:, np.arange(weight.shape[1]) % 4 < 2]
+        values = stored(tmp_path / "one")[f"{layer}.values"]
+        np.testing.assert_array_equal(bits(values), bits(np.ascontiguousarray(kept)))
+    linear = get_linear(load_model(source)[0], DOWN)
+    mask = jnp.broadcast_to(jnp.arange(64) % 4 < 2, (32, 64))
+    masked = replace_linears(model, {DOWN: MaskedLinear(linear, mask)})
+    save_model(masked, tmp_path / "masked", format="compressed", **options)
+    assert snapshot(tmp_path / "masked") == snapshot(tmp_path / "one")
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+def test_compressed_models_are_saved_compressed(compressed, tmp_path, dtype):
+    source, hf, directory = compressed
+    model, _ = load_model(directory, dtype=dtype)
+    metadata = read_esparse(directory)
+    # Like the compressed directory, the pruned one, and the one before pruning.
+    for number, like in enumerate((directory, hf, source)):
+        out = tmp_path / f"{number}"
+        save_model(model, out, format="compressed", like=like, metadata=metadata)
+        ours, theirs = stored(out), stored(directory)
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert value.tobytes() == theirs[name].tobytes(), name
+        assert read_esparse(out)["layers"] == metadata["layers"]
+        assert read_esparse(out)["permutations"] == "<layer>.permutation"
+    save_model(model, tmp_path / "held", format="compressed")
+    fields = read_esparse(tmp_path / "held")
+    assert (fields["pattern"], sorted(fields["layers"])) == ("2:4", sorted(PRUNED))
+    again, _ = load_model(tmp_path / "held")
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+    assert verify_checkpoint(tmp_path / "held").ok
+
+
+def test_changed_compressed_values_are_written(compressed, tmp_path):
+    model, _ = load_model(compressed[2], dtype="float32")
+    linear = get_linear(model, DOWN)
+    held = linear.weight.get_value()
+    linear.weight.set_value(dataclasses.replace(held, values=held.values.at[3, 4].set(7.0)))
+    metadata = read_esparse(compressed[2])
+    save_model(model, tmp_path / "out", format="compressed", like=compressed[2], metadata=metadata)
+    ours, theirs = stored(tmp_path / "out"), stored(compressed[2])
+    expected = theirs[f"{DOWN}.values"].copy()
+    expected[3, 4] = 7
+    np.testing.assert_array_equal(ours[f"{DOWN}.values"], expected)
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours if DOWN not in name)
+
+
+def test_dense_models_need_to_say_what_was_pruned(loaded, source, tmp_path):
+    model, out = masked_at_two_of_four(loaded[0], [DOWN, QUERY]), tmp_path / "out"
+    compressed = {"format": "compressed", "like": source}
+    with pytest.raises(ValueError, match="without metadata nobody can tell which they are"):
+        save_model(model, out, **compressed)
+    with pytest.raises(ValueError, match=r"4:8 has no compressed form: .* 2:4 and 1:4 fit"):
+        save_model(model, out, metadata={"pattern": "4:8", "layers": [DOWN]}, **compressed)
+    # Neither layers nor permutations: all decoder linears, of which most are dense here.
+    with pytest.raises(ValueError, match=r"is not 2:4 in its natural order.* row 0 has 4 non-z"):
+        save_model(model, out, metadata={"pattern": "2:4"}, **compressed)
+    order = {DOWN: jnp.arange(64)[::-1]}
+    save_model(model, out, metadata={"pattern": "2:4"}, permutations=order, **compressed)
+    assert read_esparse(out)["layers"] == [DOWN]
+    assert [path for path, linear in iter_linears(load_model(out)[0]) if path == DOWN] == [DOWN]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_layers_that_cannot_be_written_compressed_are_named(loaded, compressed, tmp_path):
+    (model, _), (dense, _) = load_model(compressed[2]), load_model(compressed[1])
+    metadata, orders = read_esparse(compressed[2]), read_permutations(compressed[2])
+    kinds = {"format": "compressed"}
+    few = metadata | {"layers": {QUERY: {}}}
+    with pytest.raises(ValueError, match="cannot be written in the compressed format") as error:
+        save_model(model, tmp_path / "out", metadata=few, **kinds)
+    error.match(f"{DOWN}: compressed in the model, but not listed in metadata")
+    with pytest.raises(ValueError, match=f"{KEY}: has a permutation, but is not listed"):
+        save_model(dense, tmp_path / "out", metadata=few, permutations=orders, **kinds)
+    other = orders | {DOWN: np.roll(orders[DOWN], 1), QUERY: np.arange(32)}
+    with pytest.raises(ValueError, match=f"format:\n{DOWN}: compressed in another order than perm"):
+        save_model(model, tmp_path / "out", metadata=metadata, permutations=other, **kinds)
+    save_model(model, tmp_path / "out", metadata=metadata, permutations=orders, **kinds)
+    odd, _ = load_model(tiny_checkpoint(tmp_path / "odd", tokenizer=False, intermediate_size=70))
+    few = {"pattern": "2:4", "layers": [DOWN]}
+    with pytest.raises(ValueError, match=f"{DOWN}: 70 channels are no multiple of 4"):
+        save_model(odd, tmp_path / "no", metadata=few, **kinds)
+    watched = observe(loaded[0], {DOWN: init_range(64)})
+    with pytest.raises(TypeError, match=f"take them out with unobserve.\n{DOWN}: ObservedLinear"):
+        save_model(watched, tmp_path / "no", metadata={"pattern": "2:4"}, **kinds)
+
+
+def test_an_hf_directory_is_not_written_like_a_compressed_one(compressed, tmp_path):
+    model, _ = load_model(compressed[1])
+    with pytest.raises(ValueError, match=r"is a compressed checkpoint; .* \(esparse expand\)"):
+        save_model(model, tmp_path / "out", like=compressed[2])
+    # The other way round it can be.
+    orders = read_permutations(compressed[1])
+    options = {"metadata": read_esparse(compressed[1]), "permutations": orders}
+    save_model(model, tmp_path / "out", format="compressed", like=compressed[2], **options)
+    ours, theirs = stored(tmp_path / "out"), stored(compressed[2])
+    assert all(ours[name].tobytes() == value.tobytes() for name, value in theirs.items())
+    with pytest.raises(TypeError, match=r"SparseLinear holds no dense weight.*esparse expand"):
+        prune_model(load_model(compressed[2])[0], IDS, PruneConfig())
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_compressed_write_that_fails_leaves_everything_as_it_was(
+    compressed, tmp_path, monkeypatch, earlier
+):
+    model, _ = load_model(compressed[2])
+    out, options = tmp_path / "out", {"format": "compressed", "like": compressed[0]}
+    if earlier:
+        save_model(model, out, **options)
+    before = snapshot(tmp_path)
+    put, calls = tensors_room._put, iter(range(100))
+
+    def full(file, data, digest):
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        put(file, data, digest)
+
+    monkeypatch.setattr(tensors_room, "_put", full)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(model, out, overwrite=earlier, **options)
+    assert snapshot(tmp_path) == before
+    assert out.exists() == earlier
+
+
+def test_a_compressed_model_is_never_dense(tmp_path, monkeypatch):
+    """Loading holds the compressed arrays and, on the host, one tensor more."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+    _, hf, _ = tiny_pruned(tmp_path, tokenizer=False, **sizes)
+    compress_checkpoint(hf, tmp_path / "out")
+    sizes = {name: value.nbytes for name, value in stored(tmp_path / "out").items()}
+    dense = sum(value.nbytes for value in stored(hf).values())
+    shapes = {(256, 256), (1024, 256), (256, 1024)}
+    gc.collect()
+    before = {id(array) for array in jax.live_arrays()}
+    read, done, held = tensors_room.TensorFiles.read, [], []
+
+    def live() -> int:
+        arrays = [array for array in jax.live_arrays() if id(array) not in before]
+        assert not any(array.shape in shapes and array.dtype != jnp.uint8 for array in arrays)
+        return sum(array.nbytes for array in arrays)
+
+    def watched(self, name):
+        held.append(live() - sum(done))
+        values = read(self, name)
+        done.append(values.nbytes)
+        return values
+
+    monkeypatch.setattr(tensors_room.TensorFiles, "read", watched)
+    tracemalloc.start()
+    model, _ = load_model(tmp_path / "out")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(done) == len(sizes)
+    assert max(held) <= max(done)
+    assert live() == sum(sizes.values()) < 0.6 * dense
+    assert len([p for p, linear in iter_linears(model) if isinstance(linear, SparseLinear)]) == 42
+    # On the CPU the arrays may be the memory that was read.
+    assert peak < sum(sizes.values()) + 3 * max(sizes.values()) + 4_000_000 < 0.8 * dense
 
 
 # transformers

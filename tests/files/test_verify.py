@@ -8,7 +8,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import tiny_checkpoint, tiny_weights, write_weights
 
-from esparse_jax.files import load_model, save_model, verify_checkpoint, write_json
+from esparse_jax.files import (
+    compress_checkpoint,
+    load_model,
+    save_model,
+    verify_checkpoint,
+    write_json,
+)
 from esparse_jax.models.surgery import get_linear, iter_linears, replace_linears, with_weight
 from esparse_jax.pruning import NMPattern
 
@@ -192,3 +198,117 @@ def test_a_pattern_must_come_from_somewhere(tmp_path):
         verify_checkpoint(directory)
     with pytest.raises(FileNotFoundError, match="There is no directory"):
         verify_checkpoint(tmp_path / "nowhere", TWO_OF_FOUR)
+
+
+# The compressed format
+
+
+@pytest.fixture(scope="module")
+def compressed(pruned, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("compressed") / "out"
+    compress_checkpoint(pruned[0], directory)
+    return directory
+
+
+@pytest.fixture
+def broken(compressed, tmp_path) -> Path:
+    return Path(shutil.copytree(compressed, tmp_path / "broken"))
+
+
+def change(directory: Path, **tensors) -> None:
+    """Applies a function to each of the named tensors; None leaves one out."""
+    weights = load_file(directory / "model.safetensors")
+    for name, function in tensors.items():
+        weights[name] = function(weights[name].copy())
+    write_weights(directory, {k: v for k, v in weights.items() if v is not None})
+
+
+def put(place, value):
+    def function(array):
+        array[place] = value
+        return array
+
+    return function
+
+
+def test_a_compressed_checkpoint_passes_like_the_one_it_was_made_of(pruned, compressed):
+    dense = verify_checkpoint(pruned[0])
+    assert verify_checkpoint(compressed) == dense
+    assert verify_checkpoint(compressed, TWO_OF_FOUR).ok
+    assert dense.groups > 0
+
+
+@pytest.mark.parametrize("pattern", [NMPattern(1, 4), NMPattern(3, 8), NMPattern(2, 8)])
+def test_other_patterns_give_the_same_violations_compressed(pruned, compressed, pattern):
+    dense = verify_checkpoint(pruned[0], pattern)
+    ours = verify_checkpoint(compressed, pattern)
+    assert dense.violation_count > 1000
+    assert ours == dense
+    uneven = verify_checkpoint(compressed, NMPattern(2, 5))
+    assert f"{DOWN}: 64 channels are no multiple of 5" in uneven.problems
+
+
+def test_indices_and_permutations_that_are_not_valid_are_named(broken):
+    change(
+        broken,
+        **{
+            f"{DOWN}.indices": put((11, 5), 0x4F),
+            f"{QUERY}.permutation": put(3, 31),
+            "model.layers.1.mlp.up_proj.permutation": put(3, 400),
+        },
+    )
+    result = verify_checkpoint(broken)
+    assert (result.ok, result.layers, result.violations) == (False, 11, ())
+    assert result.problems == (
+        f"{QUERY}: its permutation does not hold each of 0..31 once, so its groups are not known",
+        f"{DOWN}: row 11, group 10: the indices name positions 3 and 3; the first must be below "
+        f"the second, so its groups are not known",
+        "model.layers.1.mlp.up_proj: its permutation does not hold each of 0..31 once, so its "
+        "groups are not known",
+    )
+    assert result.changed_files == ("model.safetensors",)
+    assert f"problem: {DOWN}: row 11, group 10" in result.summary()
+    assert "FAILED" in result.summary()
+
+
+def test_shapes_dtypes_and_names_are_checked(broken):
+    change(
+        broken,
+        **{
+            f"{DOWN}.values": lambda array: array[:, :-2].copy(),
+            f"{DOWN}.permutation": lambda array: array.astype(np.int64),
+            f"{QUERY}.indices": lambda array: None,
+            "model.norm.weight": lambda array: array[:-1].copy(),
+        },
+    )
+    edit(broken, layers=[*json.loads((broken / "esparse.json").read_text())["layers"], "lm_tail"])
+    result = verify_checkpoint(broken)
+    assert not result.ok
+    assert result.layers == 12
+    assert result.problems == (
+        "no such linear: lm_tail, listed in esparse.json",
+        f"missing: {QUERY}.indices (32, 4)",
+        f"wrong dtype: {DOWN}.permutation is I64, it may be I32",
+        f"wrong shape: {DOWN}.values is (32, 30), config.json gives (32, 32)",
+        "wrong shape: model.norm.weight is (31,), config.json gives (32,)",
+    )
+
+
+def test_a_changed_value_is_a_changed_file(broken):
+    change(broken, **{f"{DOWN}.values": put((3, 4), 2.0)})
+    result = verify_checkpoint(broken)
+    assert (result.ok, result.layers, result.problems) == (False, 14, ())
+    assert result.changed_files == ("model.safetensors",)
+    (broken / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="is cut short or no safetensors file"):
+        verify_checkpoint(broken)
+
+
+def test_a_compressed_checkpoint_without_layers(broken):
+    edit(broken, layers=[])
+    result = verify_checkpoint(broken)
+    assert "no layer is listed as pruned, so there is nothing to check" in result.problems
+    assert f"unexpected: {DOWN}.values (32, 32)" in result.problems
+    edit(broken, layers="left out")
+    with pytest.raises(ValueError, match="does not list the compressed layers"):
+        verify_checkpoint(broken)
