@@ -2,27 +2,34 @@
 
 import dataclasses
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import numpy as np
 import tyro
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import Progress as Bar
 
 from esparse_jax.files import (
+    Conversion,
     calibration_windows,
     check_output,
+    compress_checkpoint,
+    compressed_layers,
     evaluation_windows,
+    expand_checkpoint,
     load_model,
+    read_prompts,
     read_text_tokens,
     save_model,
     verify_checkpoint,
     write_json,
 )
-from esparse_jax.inference import generate, perplexity
+from esparse_jax.inference import TextStream, TokenRate, generate, perplexity
+from esparse_jax.models.surgery import require_compressible
 from esparse_jax.pipeline import prune_model
 from esparse_jax.pruning import NMPattern, PruneConfig
 
@@ -100,7 +107,8 @@ class Prune:
     """Windows a step; counts do not depend on it."""
     seed: int = 0
     dtype: Dtype = "auto"
-    format: Literal["hf"] = "hf"
+    format: Literal["hf", "compressed"] = "hf"
+    """hf: zeros in place, any tool opens it. compressed: 2:4 or 1:4 as values and 2-bit indices."""
     overwrite: bool = False
     json: Path | None = None
     """Also write per-layer records and totals here."""
@@ -125,7 +133,14 @@ class Prune:
             measure_error=self.measure_error,
             skip=self.skip,
         )
+        if self.format == "compressed":
+            require_compressible(config.pattern)
         check_output(self.output, like=self.model, overwrite=self.overwrite)
+        if compressed_layers(self.model):
+            raise ValueError(
+                f"{self.model} is a compressed checkpoint; pruning needs dense weights. Expand it "
+                f"first: esparse expand {self.model} --output DIR."
+            )
         model, tokenizer = load_model(self.model, dtype=compute_dtype(self.dtype))
         length = self.sequence_length or min(2048, model.config.max_position_embeddings)
         windows = calibration_windows(
@@ -149,6 +164,7 @@ class Prune:
         save_model(
             pruned,
             self.output,
+            format=self.format,
             like=self.model,
             metadata=metadata,
             permutations=report.permutations,
@@ -164,6 +180,63 @@ class Prune:
         )
         finish(self.json, metadata)
         return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compress:
+    """Write a pruned checkpoint in the compressed format, without pruning it again."""
+
+    model: tyro.conf.Positional[Path]
+    """Directory that `esparse prune` wrote, at 2:4 or 1:4."""
+    output: Path
+    """Directory to write; it must be empty or absent."""
+    overwrite: bool = False
+    json: Path | None = None
+
+    def run(self, console: Console) -> int:
+        shown, update = bar("compressing")
+        with shown:
+            done = compress_checkpoint(
+                self.model, self.output, overwrite=self.overwrite, progress=update
+            )
+        signs = (
+            f" {done.positive_zeros} weights that were -0.0 are +0.0 now: their groups were full."
+            if done.positive_zeros
+            else ""
+        )
+        console.print(
+            f"{done.layers} linears compressed, {sizes(done)}.{signs} Written to {self.output}."
+        )
+        finish(self.json, dataclasses.asdict(done))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Expand:
+    """Write a compressed checkpoint as the one that other tools open, zeros in place."""
+
+    model: tyro.conf.Positional[Path]
+    """Compressed directory, of `esparse compress` or `esparse prune --format compressed`."""
+    output: Path
+    """Directory to write; it must be empty or absent."""
+    overwrite: bool = False
+    json: Path | None = None
+
+    def run(self, console: Console) -> int:
+        shown, update = bar("expanding")
+        with shown:
+            done = expand_checkpoint(
+                self.model, self.output, overwrite=self.overwrite, progress=update
+            )
+        console.print(f"{done.layers} linears expanded, {sizes(done)}. Written to {self.output}.")
+        finish(self.json, dataclasses.asdict(done))
+        return 0
+
+
+def sizes(done: Conversion) -> str:
+    """What a conversion did to the tensors."""
+    share = 100 * done.written_bytes / done.source_bytes
+    return f"{decimal(done.source_bytes)} are {decimal(done.written_bytes)} ({share:.1f} %)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,37 +278,73 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Continue a prompt."""
+    """Continue prompts; on a terminal one prompt's text appears as it is made."""
 
     model: tyro.conf.Positional[Path]
-    prompt: str
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Several times for several prompts, which are continued together."""
+    prompt_file: Path | None = None
+    """A text file with one prompt a line, instead; blank lines are passed over."""
     max_new_tokens: int = 100
     temperature: float = 0.0
-    """0 is greedy."""
+    """0 is greedy, whatever top-k and top-p are; greater values draw."""
+    top_k: int | None = None
+    """Draw from so many of the likeliest tokens."""
     top_p: float = 1.0
+    """Draw from the smallest set of likeliest tokens of this probability; after top-k."""
     seed: int = 0
     dtype: Dtype = "auto"
     json: Path | None = None
+    """Also write prompts, texts and times here."""
 
     def run(self, console: Console) -> int:
+        if bool(self.prompt) == (self.prompt_file is not None):
+            raise ValueError(
+                "generate continues --prompt TEXT, once or several times, or --prompt-file FILE "
+                "with one prompt a line. Give one of the two."
+            )
+        prompts = self.prompt or read_prompts(self.prompt_file)
         model, tokenizer = load_model(self.model, dtype=compute_dtype(self.dtype))
         if tokenizer is None:
             raise ValueError(f"{self.model} has no tokenizer (tokenizer.json), which text needs.")
-        prompt = tokenizer(self.prompt)["input_ids"]
-        started = time.perf_counter()
-        (tokens,) = generate(
+        texts = [TextStream(tokenizer, prompt) for prompt in prompts]
+        live = console.is_terminal and len(texts) == 1
+
+        def show(text: str, end: str = "") -> None:
+            console.out(text, end=end, highlight=False)
+
+        def take(new: list[np.ndarray]) -> None:
+            rate.add(sum(map(len, new)))
+            for text, tokens in zip(texts, new, strict=True):
+                more = text.add(tokens)
+                if live:
+                    show(more)
+
+        if live:
+            show(texts[0].prompt)
+        rate = TokenRate()
+        generate(
             model,
-            [prompt],
+            [text.prompt_tokens for text in texts],
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
+            top_k=self.top_k,
             top_p=self.top_p,
             seed=self.seed,
             stop_tokens=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+            on_tokens=take,
         )
-        seconds = time.perf_counter() - started
-        text = tokenizer.decode(tokens)
-        console.print(self.prompt + text, markup=False, highlight=False)
-        finish(self.json, {"text": text, "tokens": len(tokens), "seconds": seconds})
+        for number, text in enumerate(texts):
+            rest = text.finish()
+            if number:
+                show("", end="\n")
+            show(rest if live else text.prompt + text.text, end="\n")
+        # On stdout is the text alone.
+        Console(stderr=True, soft_wrap=True).print(rate.summary(), highlight=False)
+        outputs = [
+            {"prompt": text.prompt, "text": text.text, "tokens": len(text.tokens)} for text in texts
+        ]
+        finish(self.json, {"outputs": outputs} | rate.as_dict())
         return 0
 
 
@@ -260,6 +369,8 @@ class Verify:
 
 Verb = (
     Annotated[Prune, tyro.conf.subcommand("prune")]
+    | Annotated[Compress, tyro.conf.subcommand("compress")]
+    | Annotated[Expand, tyro.conf.subcommand("expand")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]

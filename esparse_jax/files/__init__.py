@@ -7,7 +7,12 @@ from esparse_jax.files.checkpoint import (
     save_model,
 )
 from esparse_jax.files.convert import Conversion, compress_checkpoint, expand_checkpoint
-from esparse_jax.files.data import calibration_windows, evaluation_windows, read_text_tokens
+from esparse_jax.files.data import (
+    calibration_windows,
+    evaluation_windows,
+    read_prompts,
+    read_text_tokens,
+)
 from esparse_jax.files.directory import (
     check_output,
     read_esparse,
@@ -33,6 +38,7 @@ __all__ = [
     "model_from_flax_params",
     "read_esparse",
     "read_permutations",
+    "read_prompts",
     "read_text_tokens",
     "save_model",
     "verify_checkpoint",

@@ -75,6 +75,20 @@ def calibration_windows(
     return windows.astype(np.int32)
 
 
+def read_prompts(path: PathLike) -> list[str]:
+    """The prompts of a text file, one a line; blank lines are passed over.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no UTF-8 text, or has blank lines only.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Give a text file, one prompt a line.")
+    lines = _read_text(path, otherwise="").split("\n")
+    return [line.removesuffix("\r") for line in lines if line.strip()]
+
+
 def read_text_tokens(
     path: PathLike,
     tokenizer: Any,
@@ -169,14 +183,16 @@ def _file(path: PathLike) -> Path:
     return path
 
 
-def _read_text(path: Path) -> str:
+def _read_text(
+    path: Path, otherwise: str = ", or give documents (.jsonl) or token windows (.npy, .npz)"
+) -> str:
     # Not read_text: that would turn "\r\n" into "\n", and the file counts as it is.
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it, or give "
-            f"documents (.jsonl) or token windows (.npy, .npz)."
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it"
+            f"{otherwise}."
         ) from error
     if not text.strip():
         raise ValueError(f"{path} is empty. Give a file with text.")

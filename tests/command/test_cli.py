@@ -1,7 +1,9 @@
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from tiny import tiny_checkpoint
 
@@ -134,8 +136,15 @@ def test_eval_and_generate(pruned, text, tmp_path, capsys):
     assert result["seconds"] > 0
     options = ("--prompt", "the quick", "--max-new-tokens", 5, "--json", tmp_path / "text.json")
     assert run("generate", pruned / "out", *options) == 0
-    assert json.loads((tmp_path / "text.json").read_text())["tokens"] <= 5
-    assert "the quick" in capsys.readouterr().out
+    said = json.loads((tmp_path / "text.json").read_text())
+    ((prompt, text, tokens),) = (tuple(output.values()) for output in said["outputs"])
+    assert (prompt, tokens) == ("the quick", said["tokens"])
+    assert tokens <= 5
+    assert said["tokens_per_second"] > 0
+    shown = capsys.readouterr()
+    assert shown.out.endswith(f"the quick{text}\n")
+    assert f"{tokens} tokens in " in shown.err
+    assert "tokens/s" in shown.err
 
 
 def test_mistakes_end_in_one_line_and_status_2(checkpoint, text, tmp_path, capsys):
@@ -166,3 +175,194 @@ def test_an_unknown_choice_is_refused_with_the_allowed_ones(checkpoint, text, tm
     )  # fmt: skip
     assert code == 2
     assert "strided" in capsys.readouterr().err
+
+
+# The compressed format
+
+
+@pytest.fixture(scope="module")
+def compressed(pruned, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("compressed") / "out"
+    assert run("compress", pruned / "out", "--output", directory) == 0
+    return directory
+
+
+def contents(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_prune_writes_what_compress_makes_of_its_hf_output(
+    checkpoint, text, compressed, tmp_path, capsys
+):
+    code = run(
+        "prune", checkpoint, "--output", tmp_path / "out", "--calibration", text,
+        "--num-samples", 4, "--sequence-length", 16, "--shuffle", "global", "--alpha", 2.5,
+        "--format", "compressed",
+    )  # fmt: skip
+    assert code == 0
+    ours, theirs = contents(tmp_path / "out"), contents(compressed)
+    assert ours.keys() == theirs.keys()
+    records = [json.loads(files.pop("esparse.json")) for files in (ours, theirs)]
+    assert ours == theirs
+    for record in records:
+        assert record["format"] == "compressed"
+        del record["seconds"]
+        for layer in record["layers"].values():
+            del layer["seconds"]
+    assert records[0] == records[1]
+
+
+def test_compress_and_expand(pruned, compressed, tmp_path, capsys):
+    arguments = ("--output", tmp_path / "out", "--json", tmp_path / "done.json")
+    assert run("expand", compressed, *arguments) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("14 linears expanded, ")
+    assert " kB are " in said
+    done = json.loads((tmp_path / "done.json").read_text())
+    assert done["layers"] == 14
+    assert done["source_bytes"] < 0.8 * done["written_bytes"]
+    ours, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "out", pruned / "out"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].tobytes() == value.tobytes() for name, value in theirs.items())
+    assert run("expand", compressed, *arguments) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert run("compress", tmp_path / "out", "--output", tmp_path / "out2") == 0
+    assert contents(tmp_path / "out2") == contents(compressed)
+    assert capsys.readouterr().out.startswith("14 linears compressed, ")
+
+
+def test_a_minus_zero_without_a_place_is_mentioned(pruned, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, data in contents(pruned / "out").items():
+        (copy / name).write_bytes(data)
+    tensors = load_file(copy / "model.safetensors")
+    weight = tensors["model.layers.1.mlp.down_proj.weight"]
+    weight[weight == 0] = -0.0
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert run("compress", copy, "--output", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert f" {weight.size // 2} weights that were -0.0 are +0.0 now: their groups" in said
+
+
+def test_eval_and_generate_run_on_it(pruned, compressed, text, tmp_path, capsys):
+    results = []
+    for directory in (pruned / "out", compressed):
+        arguments = ("--text", text, "--sequence-length", 16, "--json", tmp_path / "eval.json")
+        assert run("eval", directory, *arguments) == 0
+        results.append(json.loads((tmp_path / "eval.json").read_text())["perplexity"])
+        capsys.readouterr()
+        assert run("generate", directory, "--prompt", "the quick", "--max-new-tokens", 5) == 0
+        results.append(capsys.readouterr().out)
+    assert results[2] == pytest.approx(results[0], rel=1e-5)
+    assert results[3] == results[1]
+
+
+def test_verify_names_the_layer_and_the_row(compressed, tmp_path, capsys):
+    assert run("verify", compressed) == 0
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name, data in contents(compressed).items():
+        (broken / name).write_bytes(data)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.indices"][3, 2] = 0
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert run("verify", broken) == 1
+    said = capsys.readouterr().out
+    assert "problem: model.layers.1.mlp.down_proj: row 3, group 4: the indices name" in said
+    assert run("eval", broken, "--text", tmp_path) == 2
+    assert "model.layers.1.mlp.down_proj: row 3, group 4" in capsys.readouterr().err
+
+
+def test_what_prune_refuses_before_any_work(checkpoint, compressed, text, tmp_path, capsys):
+    common = ("--output", tmp_path / "out", "--calibration", tmp_path / "absent.txt")
+    options = ("--format", "compressed", "--pattern", "4:8")
+    assert run("prune", checkpoint, *common, *options) == 2
+    error = capsys.readouterr().err
+    assert "4:8 has no compressed form: that holds two values" in error
+    assert "all four values of 8 channels in one group of 4" in error
+    assert run("prune", compressed, *common) == 2
+    error = capsys.readouterr().err
+    assert "is a compressed checkpoint; pruning needs dense weights. Expand it first" in error
+    assert f"esparse expand {compressed} --output DIR" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+# Prompts
+
+
+def test_several_prompts_are_continued_as_each_alone(pruned, tmp_path, capsys):
+    prompts = ["the quick", "fox", "the quick brown fox jumps"]
+    options = ("--max-new-tokens", 20, "--json", tmp_path / "text.json")
+    alone = []
+    for prompt in prompts:
+        assert run("generate", pruned / "out", "--prompt", prompt, *options) == 0
+        alone += json.loads((tmp_path / "text.json").read_text())["outputs"]
+    flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    capsys.readouterr()
+    assert run("generate", pruned / "out", *flags, *options) == 0
+    shown = capsys.readouterr().out
+    said = json.loads((tmp_path / "text.json").read_text())
+    assert said["outputs"] == alone
+    assert [output["prompt"] for output in alone] == prompts
+    assert said["tokens"] == sum(output["tokens"] for output in alone)
+    assert shown == "\n".join(o["prompt"] + o["text"] + "\n" for o in alone)
+    (tmp_path / "prompts.txt").write_bytes(b"the quick\r\n\nfox\n  \nthe quick brown fox jumps")
+    assert run("generate", pruned / "out", "--prompt-file", tmp_path / "prompts.txt", *options) == 0
+    assert json.loads((tmp_path / "text.json").read_text())["outputs"] == alone
+
+
+def test_a_terminal_shows_the_text_as_it_comes(pruned, capsys):
+    class Screen(io.StringIO):
+        def __init__(self):
+            super().__init__()
+            self.parts = []
+
+        def write(self, text):
+            self.parts.append(text)
+            return len(text)
+
+        def isatty(self):
+            return True
+
+    screen = Screen()
+    verb = cli.Generate(pruned / "out", prompt=("the quick",), max_new_tokens=40)
+    assert verb.run(Console(file=screen, soft_wrap=True)) == 0
+    assert run("generate", pruned / "out", "--prompt", "the quick", "--max-new-tokens", 40) == 0
+    parts = [part for part in screen.parts if part]
+    assert parts[0] == "the quick"
+    assert len(parts) >= 4  # the prefill's token, three chunks
+    assert "".join(parts) == capsys.readouterr().out
+
+
+def test_top_k_draws_from_the_likeliest(pruned, tmp_path, capsys):
+    def text(*options) -> str:
+        file = tmp_path / "text.json"
+        assert run("generate", pruned / "out", "--prompt", "fox", *options, "--json", file) == 0
+        return json.loads(file.read_text())["outputs"][0]["text"]
+
+    greedy = text()
+    assert text("--temperature", 2.0, "--top-k", 1) == greedy
+    assert text("--temperature", 2.0, "--top-k", 50) != greedy
+
+
+def test_prompts_that_are_missing_or_too_many(pruned, tmp_path, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    model = pruned / "out"
+    assert run("generate", model) == 2
+    assert run("generate", model, "--prompt", "a", "--prompt-file", empty) == 2
+    assert run("generate", model, "--prompt-file", empty) == 2
+    assert run("generate", model, "--prompt-file", tmp_path / "absent.txt") == 2
+    assert run("generate", model, "--prompt-file", tmp_path / "latin.txt") == 2
+    assert run("generate", model, "--prompt", "fox", "--top-k", 0) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert "generate continues --prompt TEXT, once or several times, or --prompt-file" in errors[0]
+    assert errors[1] == errors[0]
+    assert "is empty" in errors[2]
+    assert "Give a text file, one prompt a line" in errors[3]
+    assert "latin.txt is not UTF-8 text" in errors[4]
+    assert errors[4].endswith("Convert it.")
+    assert "top_k is 0" in errors[5]

@@ -9,6 +9,7 @@ from esparse_jax.files import (
     calibration_windows,
     evaluation_windows,
     load_tokenizer,
+    read_prompts,
     read_text_tokens,
 )
 
@@ -241,3 +242,17 @@ def test_evaluation_windows_are_consecutive_and_drop_the_remainder(tmp_path):
         evaluation_windows(tokens, 61)
     with pytest.raises(ValueError, match="sequence_length is 1; a window needs at least 2"):
         evaluation_windows(tokens, 1)
+
+
+def test_prompts_are_the_lines_that_are_not_blank(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("  one \r\n\r\n\t\nzw\u2028ei\nthree".encode())
+    assert read_prompts(file) == ["  one ", "zw\u2028ei", "three"]
+    file.write_bytes(b"\n \n")
+    with pytest.raises(ValueError, match=r"prompts\.txt is empty"):
+        read_prompts(file)
+    file.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"is not UTF-8 text \(.*\)\. Convert it\.$"):
+        read_prompts(file)
+    with pytest.raises(FileNotFoundError, match="Give a text file, one prompt a line"):
+        read_prompts(tmp_path)
