@@ -97,19 +97,20 @@ def compress_checkpoint(
     permutations = _permutations(path, recorded)
     layers = listed_layers(recorded, permutations, lambda: config)
     model = abstract_model(config)
-    with TensorFiles(path) as files, replacing(Path(output).resolve()) as beside:
+    with TensorFiles(path) as files:
         check_tensors(path, files, model)
         form = CompressedForm(files, _orders(path, model, layers, permutations))
-        carry_files(path, beside)
-        written = write_shards(beside, _Watched(form, progress))
-        write_esparse(
-            beside,
-            "compressed",
-            {**recorded, "layers": recorded.get("layers") or layers},
-            permutations=PERMUTATIONS_IN_TENSORS if permutations else None,
-            written=written,
-            source=_source(recorded),
-        )
+        with replacing(Path(output).resolve()) as beside:
+            carry_files(path, beside)
+            written = write_shards(beside, _Watched(form, progress))
+            write_esparse(
+                beside,
+                "compressed",
+                {**recorded, "layers": recorded.get("layers") or layers},
+                permutations=PERMUTATIONS_IN_TENSORS if permutations else None,
+                written=written,
+                source=_source(recorded),
+            )
     return Conversion(len(layers), _bytes(files), _bytes(form), form.unplaced)
 
 
@@ -143,26 +144,24 @@ def expand_checkpoint(
         raise ValueError(f"{path} is in the hf format already; there is nothing to expand.")
     layers = compressed_layers(path)
     model = abstract_model(read_config(path)[1])
-    with TensorFiles(path) as files, replacing(Path(output).resolve()) as beside:
+    with TensorFiles(path) as files:
         check_tensors(path, files, model, layers)
         form = DenseForm(files, layers)
         orders = {layer: form.order(layer) for layer in layers}
-        carry_files(path, beside)
-        written = write_shards(beside, _Watched(form, progress))
         known = recorded.get("permutations") or any(order is not None for order in orders.values())
-        if known:
-            for layer, order in orders.items():
-                if order is None:
-                    orders[layer] = np.arange(form.layout[layer + WEIGHT_SUFFIX][1][1])
-            written |= write_permutations(beside, orders)
-        write_esparse(
-            beside,
-            "hf",
-            recorded,
-            permutations=PERMUTATIONS_FILE if known else None,
-            written=written,
-            source=_source(recorded),
-        )
+        with replacing(Path(output).resolve()) as beside:
+            carry_files(path, beside)
+            written = write_shards(beside, _Watched(form, progress))
+            if known:
+                written |= write_permutations(beside, _all_orders(form, orders))
+            write_esparse(
+                beside,
+                "hf",
+                recorded,
+                permutations=PERMUTATIONS_FILE if known else None,
+                written=written,
+                source=_source(recorded),
+            )
     return Conversion(len(layers), _bytes(files), _bytes(form), 0)
 
 
@@ -231,6 +230,15 @@ def _orders(
             + "\n".join(wrong)
         )
     return orders
+
+
+def _all_orders(form: DenseForm, orders: dict[str, np.ndarray | None]) -> dict[str, np.ndarray]:
+    """The orders with the natural ones written out, as the hf format has them."""
+    channels = {layer: form.layout[layer + WEIGHT_SUFFIX][1][1] for layer in orders}
+    return {
+        layer: np.arange(channels[layer]) if order is None else order
+        for layer, order in orders.items()
+    }
 
 
 def _source(recorded: dict[str, Any]) -> dict[str, str]:

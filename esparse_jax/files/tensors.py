@@ -37,8 +37,8 @@ _HEADER_NAMES = {dtype: name for name, dtype in _WRITTEN_DTYPES.items()}
 # What is only ever copied: tensors that the configuration determines.
 _STORED_DTYPES = {
     **_WRITTEN_DTYPES,
-    "F64": np.dtype(np.float64),
-    "I64": np.dtype(np.int64),
+    **{"F64": np.dtype(np.float64), "I64": np.dtype(np.int64), "BOOL": np.dtype(np.bool_)},
+    **{"I16": np.dtype(np.int16), "I8": np.dtype(np.int8)},
 }
 
 # Exponent bits of the dtypes: all of them set is NaN or Inf.

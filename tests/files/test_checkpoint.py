@@ -20,6 +20,7 @@ from tiny import VOCAB, text, tiny_checkpoint, tiny_pruned, tiny_weights, write_
 from esparse_jax.files import (
     check_output,
     compress_checkpoint,
+    expand_checkpoint,
     load_model,
     load_tokenizer,
     read_esparse,
@@ -833,7 +834,10 @@ def test_transformers_opens_the_pruned_checkpoint_and_gives_our_logits(tmp_path,
     model = masked_at_two_of_four(load_model(source)[0], [DOWN, QUERY])
     save_model(model, tmp_path / "like", like=source, metadata={"pattern": "2:4"})
     save_model(model, tmp_path / "new")
-    for directory in (tmp_path / "like", tmp_path / "new"):
+    metadata = {"pattern": "2:4", "layers": [DOWN, QUERY]}
+    save_model(model, tmp_path / "small", format="compressed", like=source, metadata=metadata)
+    expand_checkpoint(tmp_path / "small", tmp_path / "back")
+    for directory in (tmp_path / "like", tmp_path / "new", tmp_path / "back"):
         theirs = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
         assert theirs.dtype == torch.float32
         with torch.no_grad():
