@@ -18,7 +18,7 @@ from esparse_jax.pruning.max_sum import max_sum
 # The first phase ends after so many rounds in a row with few swaps.
 _POOR_ROUNDS = 2
 # Slots of one tile of the settling phase.
-_TILE_SLOTS = 64
+_TILE_SLOTS = 128
 # Rounds of mutual choice per matching; most pairs are found in the first few.
 _MATCH_ROUNDS = 8
 
