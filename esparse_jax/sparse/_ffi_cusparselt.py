@@ -47,6 +47,15 @@ class SplitKMode(enum.IntEnum):
     STREAM_K = 6
 
 
+_ALLOWED = {  # of an algorithm's fields, where they are given
+    "id": (lambda value: value >= 0, "a number from 0"),
+    "split_k": (lambda value: value == -1 or value >= 1, "-1 (segment-K) or from 1"),
+    "split_k_mode": (lambda value: value in list(SplitKMode), "a SplitKMode"),
+    "split_k_buffers": (lambda value: value >= 1, "a number from 1"),
+    "workspace_bytes": (lambda value: value >= 0, "a number of bytes"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
     """One way the library can compute a product. Its numbers mean nothing on another architecture,
@@ -73,13 +82,7 @@ class Algorithm:
     workspace_bytes: int | None = None
 
     def __post_init__(self):
-        for name, allowed, words in (
-            ("id", lambda value: value >= 0, "a number from 0"),
-            ("split_k", lambda value: value == -1 or value >= 1, "-1 (segment-K) or from 1"),
-            ("split_k_mode", lambda value: value in list(SplitKMode), "a SplitKMode"),
-            ("split_k_buffers", lambda value: value >= 1, "a number from 1"),
-            ("workspace_bytes", lambda value: value >= 0, "a number of bytes"),
-        ):
+        for name, (allowed, words) in _ALLOWED.items():
             value = getattr(self, name)
             if value is not None and not allowed(value):
                 raise ValueError(
@@ -127,7 +130,8 @@ class PlanFacts:
 
     Attributes:
         algorithms: Their ids are 0 to `algorithms - 1`.
-        chosen: What the library makes of the algorithm asked for; of None above all.
+        chosen: What the library makes of the algorithm asked for, of None above all; without what
+            it does not tell.
         blob_bytes: Size of the compressed weight.
         workspace_bytes: What the product needs beside its arrays; in `chosen` as well.
     """
@@ -245,13 +249,13 @@ def describe_plan(
         on_host=opened.on_host,
         **(algorithm or Algorithm())._attributes(),
     )
-    mode = answer["split_k_mode"]
+    reported = {
+        "id": answer["algorithm"],
+        **{name: answer[name] for name in ("split_k", "split_k_mode", "split_k_buffers")},
+    }
     chosen = Algorithm(
-        id=answer["algorithm"],
-        split_k=answer["split_k"] or None,
-        split_k_mode=SplitKMode(mode) if mode in list(SplitKMode) else None,
-        split_k_buffers=answer["split_k_buffers"] or None,
         workspace_bytes=answer["workspace_bytes"],
+        **{name: value for name, value in reported.items() if _ALLOWED[name][0](value)},
     )
     return PlanFacts(answer["algorithms"], chosen, answer["blob_bytes"], answer["workspace_bytes"])
 

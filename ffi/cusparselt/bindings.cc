@@ -52,11 +52,12 @@ py::dict DescribePlan(int64_t rows, int64_t out, int64_t channels, const std::st
                       int32_t split_k_buffers, bool on_host) {
   const Problem problem = {rows, out, channels, TypeNamed(dtype)};
   const Algorithm wanted = {algorithm, split_k, split_k_mode, split_k_buffers};
-  Algorithm chosen;
+  Algorithm chosen;  // stays empty if the library does not tell
   const Plan plan = [&] {
     const py::gil_scoped_release release;
     Plan made = ValueOrThrow(Plan::Create(LoadedLibrary(on_host), problem, wanted));
-    chosen = ValueOrThrow(made.Chosen());
+    const ffi::ErrorOr<Algorithm> answer = made.Chosen();
+    if (answer.has_value()) chosen = *answer;
     return made;
   }();
   py::dict facts;
