@@ -320,11 +320,13 @@ def test_the_best_by_the_metric_may_not_be_the_best_by_the_error():
 
 
 def test_equal_errors_go_to_the_earlier_candidate():
-    """With one block all three searches are the same search."""
+    """With one block, dealt alike, all three searches are the same search."""
     weight, activations = correlated_layer(1)
     stats, gram = stats_of(activations), gram_of(activations)
     for candidates in (("paper", "strided", "full"), ("full", "paper"), ("strided", "full")):
-        choice = PruneConfig(block_size=CHANNELS, select="error", candidates=candidates)
+        choice = PruneConfig(
+            block_size=CHANNELS, deal="naive", select="error", candidates=candidates
+        )
         selected = prune_linear(jnp.asarray(weight), stats, choice, gram=gram)
         assert SHUFFLES[int(selected.record.shuffle)] == candidates[0]
 
@@ -369,19 +371,23 @@ def test_candidates_keep_to_heads_too():
     np.testing.assert_array_equal(np.asarray(selected.permutation) // 8, np.repeat(np.arange(4), 8))
 
 
-@pytest.mark.parametrize("options", [{"deal": "sorted"}, {"scores": "float32"}, {"escape": 4}])
-def test_options_of_the_search_reach_it(options):
+@pytest.mark.parametrize(
+    ("common", "option"),
+    [({}, {"deal": "snake"}), ({}, {"scores": "float32"}), ({"deal": "naive"}, {"escape": 4})],
+)
+def test_options_of_the_search_reach_it(common, option):
     weight, activations = layer(6)
     stats = stats_of(activations)
     metric = layer_metric(jnp.asarray(weight), stats, PruneConfig())
     expected, plain = (
-        channel_shuffle(metric, NMPattern(2, 4), method="full", **given_options)
-        for given_options in (options, {})
+        channel_shuffle(metric, NMPattern(2, 4), method="full", **options)
+        for options in (common | option, common)
     )
-    pruned = prune_linear(jnp.asarray(weight), stats, PruneConfig(shuffle="full", **options))
+    choice = PruneConfig(shuffle="full", **common, **option)
+    pruned = prune_linear(jnp.asarray(weight), stats, choice)
     np.testing.assert_array_equal(pruned.permutation, expected)
     # float32 sums decide like fixed point unless two gains are nearly equal.
-    assert (expected != plain).any() or "scores" in options
+    assert (expected != plain).any() or "scores" in option
 
 
 def test_an_error_without_its_gram_matrix():
