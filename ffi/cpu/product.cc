@@ -2,6 +2,10 @@
 #include <cstdlib>
 #include <memory>
 
+#if defined(ESPARSE_X86)
+#include <cpuid.h>
+#endif
+
 #include "cpu/handlers.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -16,12 +20,21 @@ enum LevelNumber { kPortableLevel = 0, kAvx2Level = 1, kAvx512Level = 2, kAvx512
 
 constexpr const char* kLevelNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
+// Clang 15 does not know this feature by name.
+bool HasF16c() {
+#if defined(ESPARSE_X86)
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
+#else
+  return false;
+#endif
+}
+
 bool Supports(int level) {
 #if defined(ESPARSE_X86)
   switch (level) {
     case kAvx2Level:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c();
     case kAvx512Level:
       return Supports(kAvx2Level) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
