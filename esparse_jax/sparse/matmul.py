@@ -39,7 +39,8 @@ def sparse_matmul(
     one traced function serves several platforms. Where the compiled product would lose it is passed
     over: without AVX-512, more than 128 rows (without AVX2 as well, 16) are multiplied with the
     dense weight, expanded for the call. float64 is always plain JAX. If the extension was not
-    built, one line is logged and plain JAX is used.
+    built, one line is logged and plain JAX is used. bfloat16 uses AMX where there is AMX, except
+    for an `x` that holds Inf or NaN: that one takes several times as long with many rows.
 
     On NVIDIA GPUs a weight in its device form is multiplied by our decode kernel for up to 16 rows,
     and for more by cuSPARSELt, where that library is installed and reads the form (see

@@ -95,12 +95,13 @@ size_t ScratchBytes(int64_t rows, int64_t channels) {
 }
 
 template <typename T>
-void Prepare(const Product<T>& p, float* scratch, int64_t begin, int64_t end) {
+bool Prepare(const Product<T>& p, float* scratch, int64_t begin, int64_t end) {
   if (p.rows > kFewRows) return LanesPrepare(p, scratch, begin, end);
   for (int64_t row = 0; row < p.rows; ++row) {
     const int64_t from = row * p.channels + begin;
     WidenMany(p.x + from, scratch + from, end - begin);
   }
+  return true;
 }
 
 template <typename T>

@@ -47,7 +47,7 @@ constexpr int64_t kRowsTogether = 8;
 
 size_t ScratchBytes(int64_t, int64_t) { return 0; }
 
-void Prepare(const Product<Bfloat16>&, float*, int64_t, int64_t) {}
+bool Prepare(const Product<Bfloat16>&, float*, int64_t, int64_t) { return true; }
 
 void Run(const Product<Bfloat16>& p, const float*, int64_t begin, int64_t end) {
   PermuteRun<DotStep, kRowsTogether>(p, p.x, begin, end);

@@ -49,8 +49,9 @@ template <typename T>
 struct Method {
   // Bytes of scratch that hold the prepared x; 0 where x is read as it is, and nothing prepared.
   size_t (*scratch_bytes)(int64_t rows, int64_t channels);
-  // Prepares the channels [begin, end); begin is a multiple of kChannelBlock.
-  void (*prepare)(const Product<T>& product, float* scratch, int64_t begin, int64_t end);
+  // Prepares the channels [begin, end); begin is a multiple of kChannelBlock. False if they hold
+  // what `run` cannot multiply: then the product is for another method.
+  bool (*prepare)(const Product<T>& product, float* scratch, int64_t begin, int64_t end);
   // Computes all rows of the outputs [begin, end).
   void (*run)(const Product<T>& product, const float* scratch, int64_t begin, int64_t end);
 };
@@ -70,7 +71,8 @@ extern const Level kPortable;
 #if defined(ESPARSE_X86)
 extern const Level kAvx2;
 extern const Level kAvx512;
-extern const Method<Bfloat16> kDotBfloat16;  // AVX-512 BF16 and VBMI
+extern const Method<Bfloat16> kDotBfloat16;   // AVX-512 BF16 and VBMI
+extern const Method<Bfloat16> kTileBfloat16;  // AMX, and AVX-512 BF16 and VBMI2
 #endif
 
 }  // namespace esparse::cpu

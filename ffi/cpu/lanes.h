@@ -84,7 +84,7 @@ inline void Transpose4(const float* from, int64_t from_stride, float* to, int64_
 }
 
 template <typename T>
-inline void LanesPrepare(const Product<T>& p, float* scratch, int64_t begin, int64_t end) {
+inline bool LanesPrepare(const Product<T>& p, float* scratch, int64_t begin, int64_t end) {
   constexpr int64_t kStrip = 64;  // channels read from a row at a time
   for (int64_t row = 0; row < p.rows; row += kRowBlock) {
     const int64_t rows = Min(kRowBlock, p.rows - row);
@@ -103,6 +103,7 @@ inline void LanesPrepare(const Product<T>& p, float* scratch, int64_t begin, int
       }
     }
   }
+  return true;
 }
 
 // A block of channels of kOuts rows of W, widened and laid side by side.

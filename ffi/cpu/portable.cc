@@ -14,13 +14,14 @@ typedef uint32_t Word __attribute__((vector_size(16)));
 inline size_t OneRowScratchBytes(int64_t channels) { return channels * sizeof(float); }
 
 template <typename T>
-void OneRowPrepare(const Product<T>& p, float* scratch, int64_t begin, int64_t end) {
+bool OneRowPrepare(const Product<T>& p, float* scratch, int64_t begin, int64_t end) {
   const int64_t groups = p.channels / 4;
   for (int64_t g = begin / 4; g < end / 4; ++g) {
     for (int64_t position = 0; position < 4; ++position) {
       scratch[position * groups + g] = Widen(p.x[4 * g + position]);
     }
   }
+  return true;
 }
 
 inline Vector LoadVector(const float* from) {
@@ -100,12 +101,8 @@ size_t ScratchBytes(int64_t rows, int64_t channels) {
 }
 
 template <typename T>
-void Prepare(const Product<T>& p, float* scratch, int64_t begin, int64_t end) {
-  if (p.rows == 1) {
-    OneRowPrepare(p, scratch, begin, end);
-  } else {
-    LanesPrepare(p, scratch, begin, end);
-  }
+bool Prepare(const Product<T>& p, float* scratch, int64_t begin, int64_t end) {
+  return p.rows == 1 ? OneRowPrepare(p, scratch, begin, end) : LanesPrepare(p, scratch, begin, end);
 }
 
 template <typename T>

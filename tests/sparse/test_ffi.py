@@ -45,11 +45,12 @@ def assert_close_to_float64(y, x, weight) -> None:
 def test_every_level_computes_the_product(level, dtype):
     product = jax.jit(lambda x, c: ffi.cpu_product(x, c.values, c.indices, level=level))
     # Odd groups, ends that no vector covers, outputs that fill no tile, more than a block of
-    # channels; every number of rows and vectors of rows that has code of its own.
+    # channels or outputs; every number of rows and vectors of rows that has code of its own.
     for out, channels, all_rows in (
         (5, 4, (1, 17)),
         (37, 36, (2, 17, 66)),
-        (70, 1500, (1, 2, 7, 16, 17, 35, 66)),
+        (70, 1500, (1, 2, 7, 16, 17, 35, 49, 66, 130)),
+        (650, 512, (3, 70)),
     ):
         weight = masked_weight(out, channels, dtype)
         packed = compress24(weight)
@@ -129,6 +130,73 @@ def test_nan_and_inf_reach_the_outputs_that_keep_them(level, dtype, rows):
     if rows > 1:
         assert np.all(y[1 : rows - 1] == 3.0)
         assert np.all(y[0, 20:] == 3.0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rows", [1, 20, 70])
+@pytest.mark.parametrize("level", ffi.cpu_levels())
+def test_one_value_that_is_not_finite_stays_in_its_outputs(level, rows, value):
+    """Wherever it stands: zeros that a level multiplies by must not spread it."""
+    channels = 300
+    weight = masked_weight(33, channels, "bfloat16")
+    packed = compress24(weight)
+    product = jax.jit(lambda x, c: ffi.cpu_product(x, c.values, c.indices, level=level))
+    clean = random_x(rows, channels, "bfloat16")
+    random = np.random.default_rng(3)
+    for channel in (0, 31, 32, 255, 256, channels - 1, *random.integers(0, channels, 3)):
+        row = random.integers(rows)
+        y = np.asarray(product(clean.at[row, channel].set(value), packed), np.float32)
+        keeps = np.asarray(weight)[:, channel] != 0
+        assert not np.isfinite(y[row, keeps]).any()
+        y[row, keeps] = 0
+        finite = np.asarray(clean.at[row, channel].set(0), np.float64)
+        finite = finite @ np.asarray(weight, np.float64).T
+        finite[row, keeps] = 0
+        np.testing.assert_allclose(y, finite, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("level", ffi.cpu_levels())
+def test_subnormal_bfloat16_counts_or_is_zero(level, rows):
+    weight = np.zeros((4, 64), jnp.bfloat16)
+    weight[:, 5] = [1e-39, 1.0, 2.0**-100, 1.0]
+    packed = compress24(jnp.asarray(weight))
+    x = np.zeros((rows, 64), jnp.bfloat16)
+    x[:, 5] = 2.0**-30
+    y = ffi.cpu_product(jnp.asarray(x), packed.values, packed.indices, level=level)
+    y = np.asarray(y, np.float64)
+    assert np.all(y[:, [1, 3]] == 2.0**-30)
+    assert np.all((y[:, 2] == 0) | (y[:, 2] == 2.0**-130))
+    assert np.all(y[:, 0] == 0)
+
+
+@pytest.mark.parametrize("level", ffi.cpu_levels())
+def test_leaves_the_registers_to_dense_products(level):
+    """XLA's own bfloat16 products use AMX on the same threads, before and after ours."""
+    weight = masked_weight(512, 512, "bfloat16")
+    packed = compress24(weight)
+
+    def dense(x):
+        y = jax.lax.dot_general(
+            x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return y.astype(x.dtype)
+
+    @jax.jit
+    def both(x):
+        for _ in range(2):
+            x = dense(x) / 16
+            x = ffi.cpu_product(x, packed.values, packed.indices, level=level) / 16
+        return x
+
+    x = random_x(70, 512, "bfloat16")
+    alone = x
+    for _ in range(4):
+        alone = dense(alone) / 16
+    with ThreadPoolExecutor(4) as threads:
+        for call in [threads.submit(both, x) for _ in range(8)]:
+            y = np.asarray(call.result(), np.float32)
+            np.testing.assert_allclose(y, np.asarray(alone, np.float32), rtol=0, atol=0.02)
 
 
 def test_no_rows_and_no_outputs():
@@ -247,8 +315,12 @@ def test_unknown_levels_are_refused():
 
 def test_levels_end_with_the_portable_one():
     assert ffi.cpu_levels()[-1] == "portable"
-    assert EXTENSION.cpu_level_code("portable") == 0
     assert EXTENSION.cpu_level_code("mmx") == -1
+
+
+def test_level_codes_stay_as_exported_computations_hold_them():
+    names = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+    assert [EXTENSION.cpu_level_code(name) for name in names] == [0, 1, 2, 3, 4]
 
 
 def test_unsupported_dtypes_are_refused_before_the_call():
