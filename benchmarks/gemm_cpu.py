@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -39,7 +40,7 @@ class Options:
 
     shapes: tuple[str, ...] = ("4096x4096", "11008x4096")
     """OUTxCHANNEL of each weight."""
-    rows: tuple[int, ...] = (1, 8, 64)
+    rows: tuple[int, ...] = (1, 8, 64, 256)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     passes: int = 7
     rotate_mb: int = 320
@@ -174,6 +175,7 @@ def main(options: Options) -> None:
         "python": platform.python_version(),
         "options": {**asdict(options), "json": str(options.json)},
         "load_average": os.getloadavg(),
+        "commit": _commit(),
     }
     print(
         f"{header['processor']}, {header['cpus']} CPUs, levels {', '.join(header['levels'])}, "
@@ -222,6 +224,16 @@ def _report(dtype, shape, rows, methods, figures, options) -> dict:
         "ratio_range": [ratios[0], ratios[-1]],
         "sparse_gb_per_s": rate,
     }
+
+
+def _commit() -> str | None:
+    """The checkout this runs in, with "-dirty" where it differs from its commit."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    git += ["--exclude=*", "--abbrev=40"]  # the commit itself, not the tag before it
+    try:
+        return subprocess.run(git, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _processor() -> str:
