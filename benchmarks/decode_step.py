@@ -7,9 +7,12 @@ Every layer has weights of its own, so that none waits in a cache. Times are mic
 the jitted step: many steps queued, the residual stream donated, the median over batches, all forms
 taking turns in one process.
 
-    mlp     norm, gate and up, SwiGLU, down, residual: `sparse_mlp`, one a layer
-    chain   o, the MLP, next q/k/v: `sparse_chain`, one a layer; attention is a stand-in,
-            v + tanh(q k) / 10, the same in both
+    mlp       norm, gate and up, SwiGLU, down, residual: `sparse_mlp`, one a layer
+    chain     o, the MLP, next q/k/v: `sparse_chain`, one a layer; attention is a stand-in,
+              v + tanh(q k) / 10, the same in both
+    shuffled  as chain, gate and up and q/k/v compressed in channel orders of their own: what the
+              shuffle costs where o keeps its channels inside their heads
+    gathered  as shuffled, and o in a free order: its input is gathered
 
 - `dense`: XLA's dots, norms and SwiGLU with the dense weights.
 - `2:4`: the weights handed in as arguments of the jit, and said to be so (`prefetch`).
@@ -26,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +56,12 @@ EPSILON = 1e-6
 class Options:
     """What to measure."""
 
-    forms: tuple[str, ...] = ("mlp", "chain")
+    forms: tuple[Literal["mlp", "chain", "shuffled", "gathered"], ...] = (
+        "mlp",
+        "chain",
+        "shuffled",
+        "gathered",
+    )
     rows: tuple[int, ...] = (1, 16)
     dtypes: tuple[str, ...] = ("float16",)
     layers: int = 32
@@ -104,16 +113,19 @@ def dense_step(state, layers, form):
     return hidden, qkv
 
 
-def sparse_step(state, layers: list[ChainWeights], form, prefetch):
+def sparse_step(state, layers: list[tuple[ChainWeights, jax.Array | None]], form, prefetch):
     hidden, qkv = state
-    for layer in layers:
+    for layer, o_order in layers:
         if form == "mlp":
             hidden = sparse_mlp(
                 hidden, layer.gate_up, layer.down, epsilon=EPSILON, prefetch=prefetch
             )
         else:
+            attended = _attention(qkv, hidden.shape[1])
+            if o_order is not None:
+                attended = attended.at[:, o_order].get(mode="promise_in_bounds")
             hidden, qkv = sparse_chain(
-                _attention(qkv, hidden.shape[1]),
+                attended,
                 hidden,
                 layer,
                 epsilon=EPSILON,
@@ -126,33 +138,44 @@ def _blob(key: jax.Array, out: int, channels: int, dtype: str) -> Blob24:
     return blob24(compress24(random_24(key, out, channels, dtype)))
 
 
-def sparse_layer(key: jax.Array, dtype: str, options: Options) -> ChainWeights:
-    """Random weights of a layer."""
-    keys = jax.random.split(key, 5)
+def sparse_layer(
+    key: jax.Array, form: str, dtype: str, options: Options
+) -> tuple[ChainWeights, jax.Array | None]:
+    """Random weights of a layer, and the channel order of o where its input is gathered."""
+    keys = jax.random.split(key, 8)
     hidden, inner = options.hidden, options.inner
+
+    def order(key: jax.Array) -> jax.Array:
+        return jax.random.permutation(key, hidden).astype(jnp.int32)
+
+    shuffled = form in ("shuffled", "gathered")
     gate, up = (compress24(random_24(k, inner, hidden, dtype)) for k in keys[:2])
-    return ChainWeights(
+    weights = ChainWeights(
         o=_blob(keys[2], hidden, hidden, dtype),
         gate_up=blob24(interleave_gate_up(gate, up)),
         down=_blob(keys[3], hidden, inner, dtype),
         qkv=_blob(keys[4], hidden + 2 * options.kv_features, hidden, dtype),
+        gate_up_places=order(keys[5]) if shuffled else None,
+        qkv_places=order(keys[6]) if shuffled else None,
     )
+    return weights, order(keys[7]) if form == "gathered" else None
 
 
 @jax.jit
-def _dense_layer(layer: ChainWeights) -> dict[str, jax.Array]:
-    """The same weights, dense."""
+def _dense_layer(layer: ChainWeights, o_order: jax.Array | None) -> dict[str, jax.Array]:
+    """The same weights, dense, in the natural order of their channels."""
 
-    def dense(blob: Blob24) -> jax.Array:
-        return decompress24(compressed24_of(blob))
+    def dense(blob: Blob24, places: jax.Array | None = None) -> jax.Array:
+        weight = decompress24(compressed24_of(blob))
+        return weight if places is None else weight[:, places]
 
-    pairs = dense(layer.gate_up).reshape(-1, 2, 8, layer.gate_up.shape[1])
+    pairs = dense(layer.gate_up, layer.gate_up_places).reshape(-1, 2, 8, layer.gate_up.shape[1])
     gate_up = pairs.transpose(1, 0, 2, 3).reshape(layer.gate_up.shape)
     return {
-        "o": dense(layer.o),
+        "o": dense(layer.o, None if o_order is None else jnp.argsort(o_order)),
         "gate_up": gate_up,
         "down": dense(layer.down),
-        "qkv": dense(layer.qkv),
+        "qkv": dense(layer.qkv, layer.qkv_places),
     }
 
 
@@ -184,8 +207,8 @@ def _time_all(
 def measure(form: str, dtype: str, bandwidth: float, options: Options) -> list[dict]:
     """All numbers of rows for one form."""
     keys = jax.random.split(jax.random.key(0), options.layers)
-    layers = [sparse_layer(key, dtype, options) for key in keys]
-    dense = [_dense_layer(layer) for layer in layers]
+    layers = [sparse_layer(key, form, dtype, options) for key in keys]
+    dense = [_dense_layer(*layer) for layer in layers]
     results = []
     for rows in options.rows:
         x = jax.random.normal(jax.random.key(rows), (rows, options.hidden), jnp.float32)
@@ -209,15 +232,12 @@ def measure(form: str, dtype: str, bandwidth: float, options: Options) -> list[d
             for name, y in outputs.items()
         }
         figures = _time_all(steps, state, options.layers, options)
-        blobs = (
-            (layers[0].gate_up, layers[0].down)
-            if form == "mlp"
-            else (layers[0].o, layers[0].gate_up, layers[0].down, layers[0].qkv)
-        )
+        first = layers[0][0]
+        blobs = [first.gate_up, first.down, *([] if form == "mlp" else [first.o, first.qkv])]
         bound = sum(blob.nbytes for blob in blobs) / bandwidth * 1e6
         median = {name: statistics.median(values) for name, values in figures.items()}
         print(
-            f"{form:5s} {dtype} {rows:2d} rows: dense {median['dense']:.2f}, 2:4 "
+            f"{form:8s} {dtype} {rows:2d} rows: dense {median['dense']:.2f}, 2:4 "
             f"{median['2:4']:.2f}, careful {median['careful']:.2f} us a layer; bound {bound:.2f}; "
             f"{median['dense'] / median['2:4']:.3f}x, {bound / median['2:4']:.3f} of the bound; "
             f"difference to dense {errors['2:4']:.1e}",
