@@ -7,6 +7,7 @@ Without it one line is logged, and whatever it would have computed is computed w
 import functools
 import importlib
 import logging
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -22,9 +23,11 @@ def extension() -> ModuleType | None:
         module = importlib.import_module(_EXTENSION)
     except ImportError as error:
         _LOGGER.warning(
-            "%s is missing (%s): on the CPU sparse_matmul computes with plain JAX, which is right "
-            "but slower than a dense product. Build it with `pip install .` (see BUILD.md).",
-            _EXTENSION,
+            "%s has no compiled extension that loads (%s): on the CPU sparse_matmul computes with "
+            "plain JAX, which is right but slower than a dense product. Build it with "
+            "`pip install .`, and run from a directory that does not hold the sources, which hide "
+            "the installed package, or install with `pip install -e .` (see BUILD.md).",
+            Path(__file__).parent,
             error,
         )
         return None

@@ -118,7 +118,7 @@ def run(program: str, *arguments: str, first: Path | None = None, **environment:
     """What a Python program prints. `first` comes before all else in its import path."""
     path = [str(first)] if first else []
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *arguments],
+        [sys.executable, "-P", "-c", textwrap.dedent(program), *arguments],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path + sys.path),

@@ -1,7 +1,12 @@
+import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import esparse_jax
+from esparse_jax import native
 
 
 def test_every_public_name_is_there():
@@ -18,13 +23,23 @@ def test_importing_touches_no_device_and_no_extension():
         "assert 'esparse_jax._esparse_ffi' not in sys.modules\n"
         "assert 'transformers' not in sys.modules\n"
     )
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    finished = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_an_installed_extension_is_the_one_that_is_used():
+    """Else the tests of the custom calls would be skipped where they matter."""
+    try:
+        files = importlib.metadata.files("esparse-jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the tests run on a package that is not installed")
+    if not any("_esparse_ffi" in file.name for file in files):
+        pytest.skip("the package was installed without its extension (BUILD.md)")
+    assert native.extension() is not None
 
 
 def test_rooms_import_only_the_rooms_above_them():
     import ast
-    from pathlib import Path
 
     rooms = ["pruning", "sparse", "models", "files", "pipeline", "inference", "command"]
     root = Path(esparse_jax.__file__).parent
