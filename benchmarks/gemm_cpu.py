@@ -173,7 +173,7 @@ def main(options: Options) -> None:
         "levels": list(ffi.cpu_levels()),
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "options": {**asdict(options), "json": str(options.json)},
+        "options": {name: v for name, v in asdict(options).items() if name != "json"},
         "load_average": os.getloadavg(),
         "commit": _commit(),
     }

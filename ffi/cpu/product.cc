@@ -52,11 +52,15 @@ bool AskForAmx() {
 #endif
 }
 
-// Clang 15 does not know this feature by name.
+// Clang 15 does not know this feature by name. The answer is kept: under a hypervisor CPUID takes
+// several microseconds, as long as a small product.
 bool HasF16c() {
 #if defined(ESPARSE_X86)
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
+  static const bool has = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
+  }();
+  return has;
 #else
   return false;
 #endif
