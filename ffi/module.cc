@@ -36,6 +36,8 @@ constexpr const char* kHostCompressTarget = "esparse_cusparselt_compress_host_v1
 constexpr bool kHasCuda = true;
 #else
 constexpr bool kHasCuda = false;
+#define ESPARSE_CUDA_ARCHITECTURES ""
+#define ESPARSE_CUDA_TOOLKIT ""
 #endif
 
 py::capsule Capsule(XLA_FFI_Handler* handler) {
@@ -127,6 +129,9 @@ PYBIND11_MODULE(_esparse_ffi, module) {
   module.attr("CUSPARSELT_COMPRESS_HOST") = kHostCompressTarget;
   module.attr("HAS_CUDA") = kHasCuda;
   module.attr("HAS_CUSPARSELT_TIMER") = kHasCuda;
+  // As CMake has them: "80-real 90", and nvcc's version.
+  module.attr("CUDA_ARCHITECTURES") = ESPARSE_CUDA_ARCHITECTURES;
+  module.attr("CUDA_TOOLKIT") = ESPARSE_CUDA_TOOLKIT;
   module.def("registrations", &Registrations);
   module.def("record_registration", &RecordRegistration);
   module.def("types",

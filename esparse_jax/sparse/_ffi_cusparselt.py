@@ -33,7 +33,7 @@ _SONAME = "libcusparseLt.so.0"
 # unloaded, and a process has one.
 _WHEEL_FOLDERS = ("cu13/lib", "cu12/lib", "cusparselt/lib")
 # What is set aside for a product that is lowered where no GPU can be asked.
-_WORKSPACE_UNKNOWN = 8 << 20
+WORKSPACE_UNKNOWN = 8 << 20
 
 
 class SplitKMode(enum.IntEnum):
@@ -314,7 +314,7 @@ def matmul(
     algorithm = algorithm or Algorithm()
     workspace = algorithm.workspace_bytes
     if workspace is None:
-        workspace = _WORKSPACE_UNKNOWN
+        workspace = WORKSPACE_UNKNOWN
         if gpu is not None:
             workspace = _workspace_bytes(
                 opened, _padded(rows), out, channels, x.dtype.name, algorithm
@@ -369,6 +369,7 @@ def time_candidate(
     algorithm: Algorithm,
     launches: int = 48,
     replays: int = 11,
+    y: Float[Array, "row column"] | None = None,
 ) -> float:
     """Microseconds a product takes by one algorithm: the median over replays of a CUDA graph.
 
@@ -377,9 +378,11 @@ def time_candidate(
 
     Args:
         x: On the GPU that is to be timed, a multiple of 8 rows.
-        blobs: Copies of one weight that come to 300 MB or more, so that none is still in the cache
-            when its turn comes again.
+        blobs: Copies of one weight that come to 300 MB or more with x and y, so that none is still
+            in the cache when its turn comes again. A single launch takes one copy of any size.
         launches: In one graph; at least as many as there are copies.
+        y: `[row, out]`, which the product is written over, to be looked at afterwards. None: it is
+            thrown away.
 
     Raises:
         RuntimeError: The extension has no CUDA part, or the library refuses the algorithm, or the
@@ -402,7 +405,7 @@ def time_candidate(
     if workspace is None:
         workspace = _workspace_bytes(opened, rows, out, channels, x.dtype.name, algorithm)
     with jax.default_device(where):
-        y = jnp.zeros((rows, out), x.dtype)
+        y = jnp.zeros((rows, out), x.dtype) if y is None else y
         scratch = jnp.zeros((max(workspace, 1),), jnp.uint8)
     jax.block_until_ready((x, blobs, y, scratch))
     return extension.cusparselt_time(

@@ -11,8 +11,9 @@
 
 namespace esparse::cusparselt {
 
-// What the copies of the weight must come to. The caches of the largest GPUs hold some 60 MB (L2 of
-// an H200): a weight that is still there from the launch before would be read from the cache.
+// What the copies of the weight, x and y must come to. The caches of the largest GPUs hold some 60
+// MB (L2 of an H200): a weight that is still there from the launch before would be read from the
+// cache.
 constexpr int64_t kLeastBytes = 300'000'000;
 
 // Memory on the GPU, all of it aligned to kAlignment bytes.

@@ -317,3 +317,18 @@ def test_an_algorithm_is_timed(dtype):
     np.testing.assert_array_equal(blobs[0], before)
     with pytest.raises(RuntimeError, match=f"give at least {copies} copies"):
         time(blobs[: copies - 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_single_launch_shows_what_an_algorithm_computes(dtype):
+    if not native.extension().HAS_CUSPARSELT_TIMER:
+        pytest.skip("the extension was built without its CUDA part")
+    weight, x = _two_kept((1024, 512), dtype), random_x(24, 512, dtype=dtype)
+    blobs = jax.jit(_ffi_cusparselt.compress)(weight)[None]
+    y = jnp.full((40, 1024), jnp.nan, dtype).block_until_ready()  # more rows than are computed
+    microseconds = _ffi_cusparselt.time_candidate(
+        x, blobs, out=1024, algorithm=Algorithm(id=0), launches=1, replays=1, y=y
+    )
+    assert microseconds > 0
+    assert_product(y[:24], x, weight)
+    assert np.all(np.isnan(np.asarray(y[24:], np.float32)))
