@@ -2,10 +2,12 @@
 
 import functools
 import logging
+from collections.abc import Mapping
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
@@ -17,7 +19,16 @@ _LOGGER = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16")
 MAX_ROWS = 16  # of x
-PLAN_FIELDS = ("tiles", "warps", "blocks", "interleave", "depth", "resident")
+# What a plan's fields may be; see ffi/cuda/decode.h.
+PLAN_VALUES = {
+    "tiles": (1, 2, 3, 4),
+    "warps": (4, 8, 16),
+    "blocks": (1, 2),
+    "interleave": (1, 2),
+    "depth": tuple(range(1, 9)),
+    "resident": (1, 2),
+}
+PLAN_FIELDS = tuple(PLAN_VALUES)
 
 # What the decode kernel does around the product; the numbers are those of ffi/cuda/decode.h.
 _NORM, _SWIGLU, _RESIDUAL, _PERMUTE, _SCATTER = 1, 2, 4, 8, 16
@@ -39,7 +50,7 @@ def _extension() -> ModuleType:
     return extension
 
 
-def _plan(plan: dict[str, int] | None) -> np.ndarray:
+def _plan(plan: Mapping[str, int] | None) -> np.ndarray:
     """How the kernel cuts its work; what is not named it chooses itself (see ffi/cuda/decode.h)."""
     plan = plan or {}
     unknown = set(plan) - set(PLAN_FIELDS)
@@ -89,7 +100,7 @@ def decode(
     norm_epsilon: float | None = None,
     swiglu: bool = False,
     prefetch: bool = False,
-    plan: dict[str, int] | None = None,
+    plan: Mapping[str, int] | None = None,
 ) -> tuple[Float[Array, "row column"], Float[Array, "row column"] | None]:
     """`x @ weight.T` by the decode kernel, for 1 to 16 rows; and the same in another order.
 
@@ -102,7 +113,7 @@ def decode(
         swiglu: The weight is `interleave_gate_up(gate, up)`; the result is `silu(gate) * up`.
         prefetch: The blob was complete before the computation began: it may be read before the
             kernel before has ended.
-        plan: For tests, tuning and benchmarks.
+        plan: How the work is cut, where the kernel's own rule is not the best.
     """
     extension = _extension()
     _require_rows(x.shape[0])
@@ -138,6 +149,22 @@ def decode(
         plan=_plan(plan),
     )
     return computed[0], None if places is None else computed[-1]
+
+
+def decode_in_pieces(
+    x: Float[Array, "row channel"],
+    blob: UInt8[Array, " blob_byte"],
+    *,
+    out: int,
+    prefetch: bool = False,
+    plan: Mapping[str, int] | None = None,
+) -> Float[Array, "row out"]:
+    """`x @ weight.T` for any number of rows, 16 of them in a call: each reads the whole weight."""
+    pieces = [
+        decode(x[start : start + MAX_ROWS], blob, out=out, prefetch=prefetch, plan=plan)[0]
+        for start in range(0, x.shape[0], MAX_ROWS)
+    ]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
 
 
 class Result(NamedTuple):

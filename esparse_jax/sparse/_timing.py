@@ -1,0 +1,149 @@
+"""Times whole products inside a jitted chain, for the search of the best and for `benchmarks/`.
+
+A product alone would mostly be the time to start it, and its weight would still be in the cache
+from the time before. So a chain walks through copies of the weight that come to 300 MB with x and
+y, more than the caches of any GPU hold, one product after the other.
+"""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+ROTATED_BYTES = 300_000_000
+# The graphs that XLA makes of a chain keep its order.
+_SERIAL = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+# The six ways to keep two of four.
+_PATTERNS = tuple(
+    tuple(p in (first, second) for p in range(4)) for second in range(4) for first in range(second)
+)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def random_24(key: Array, out: int, channels: int, dtype: Any) -> Float[Array, "{out} {channels}"]:
+    """A random 2:4 weight, scaled so that a product with it is about as large as x."""
+    values, places = jax.random.split(key)
+    weight = jax.random.normal(values, (out, channels), jnp.float32) / math.sqrt(channels / 2)
+    pattern = jax.random.randint(places, (out, channels // 4), 0, len(_PATTERNS))
+    mask = jnp.asarray(_PATTERNS)[pattern].reshape(out, channels)
+    return jnp.where(mask, weight, 0).astype(dtype)
+
+
+def rotation(weight_bytes: int, rows: int, shape: tuple[int, int]) -> int:
+    """Copies of a 16-bit product's weight that leave the caches behind.
+
+    Between two uses of one copy, the others, x and y go through the cache.
+    """
+    around = 2 * rows * sum(shape)
+    return max(1, math.ceil((ROTATED_BYTES - around) / weight_bytes))
+
+
+def chain_rotation(weight_bytes: int, rows: int, shape: tuple[int, int]) -> int:
+    """The same for a `Chain`: two at least, so that it is one; and no more than compile quickly.
+
+    So weights below 2.3 MB are timed from a cache.
+    """
+    return min(128, max(2, rotation(weight_bytes, rows, shape)))
+
+
+def estimate(rows: int, shape: tuple[int, int]) -> float:
+    """Microseconds that a dense 16-bit product takes on a large GPU, to size a measurement."""
+    out, channels = shape
+    moved = 2 * (out * channels + rows * (out + channels))
+    return max(moved / 4e6, 2 * rows * out * channels / 6e8)
+
+
+def chain_inputs(rows: int, shape: tuple[int, int], copies: int) -> int:
+    """How many x a chain over `copies` weights takes, so that its start does not count."""
+    few = estimate(rows, shape) * copies >= 400
+    return 1 if few else math.ceil(16 / copies)
+
+
+class Chain:
+    """A jitted chain of products, `product(x, weight)`, over all pairs of the given x and weights.
+
+    Making one compiles it; `microseconds` runs it. On NVIDIA GPUs the products run one after the
+    other, all of them in every turn of a loop; on the CPU XLA drops the barriers that see to this
+    before it optimises loops, so there a chain is good for tests only.
+
+    Args:
+        xs: Matrices `[row, channel]`.
+        weights: Copies of one weight, in whatever form the product takes.
+        microseconds: What a product may take, to size the measurement.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[Any, Any], Any],
+        xs: Sequence[Any],
+        weights: Sequence[Any],
+        *,
+        microseconds: float,
+    ):
+        self._arguments = (list(xs), list(weights))
+        count = len(xs) * len(weights)
+        self._turns = min(16, max(1, math.ceil(2000 / (microseconds * count))))
+        self._products = count * self._turns
+
+        def once(xs, weights, last):
+            results = []
+            for x in xs:  # a pair occurs once, so that no two products can be merged
+                for weight in weights:
+                    # Not before the last one, nor outside the loop.
+                    x_now, last = jax.lax.optimization_barrier((x, last))
+                    last = product(x_now, weight)
+                    results.append(last)
+            return results
+
+        def chain(xs, weights):
+            y = jax.eval_shape(product, xs[0], weights[0])
+            start = [jnp.zeros(y.shape, y.dtype)] * count
+            return jax.lax.fori_loop(
+                0,
+                self._turns,
+                # The turn, which the loop itself needs, keeps XLA from dropping the barrier.
+                lambda turn, before: once(xs, weights, (turn, before[-1])),
+                start,
+            )
+
+        jitted = jax.jit(chain, compiler_options=_SERIAL)
+        self._call = jitted.lower(*self._arguments).compile()
+
+    def microseconds(self, batches: int = 5, least_seconds: float = 0.01) -> float:
+        """Of a product: the median over batches of queued chains, each of `least_seconds`."""
+        return (
+            1e6
+            * seconds(
+                lambda: self._call(*self._arguments), batches=batches, least_seconds=least_seconds
+            )
+            / self._products
+        )
+
+
+def seconds(call: Callable[[], object], *, batches: int = 7, least_seconds: float = 0.01) -> float:
+    """Of one of several queued calls: the median over batches, each of `least_seconds` at least."""
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    repeats = math.ceil(least_seconds / (time.perf_counter() - start))
+    times = []
+    for _ in range(batches):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = call()
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / repeats)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a large copy on the device, read and written bytes counted."""
+    source = jnp.ones(1 << 29, jnp.int32)
+    copy = jax.jit(jnp.copy)
+    return 2 * source.nbytes / seconds(lambda: copy(source))

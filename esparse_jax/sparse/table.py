@@ -1,0 +1,558 @@
+"""The tuning table: the best way to multiply by a 2:4 weight, for one kind of GPU.
+
+What `tune_shape` measured, one record for each shape, dtype and number of rows. `sparse_matmul`
+asks it when a product is traced, `choose_form` when a model is loaded. It is kept as JSON:
+
+    {"format_version": 1,
+     "device": "NVIDIA H200", "capability": "9.0", "cusparselt": "0.8.0", "jax": "0.11.2",
+     "records": [
+       {"out": 4096, "channels": 4096, "dtype": "float16", "rows": 16,
+        "dense": 11.1,
+        "decode": {"microseconds": 7.5, "plan": {"tiles": 2, "warps": 8}},
+        "cusparselt": {"microseconds": 10.5, "id": 12, "split_k": 1, "workspace_bytes": 0},
+        "failed": {"cusparselt 17, split_k -1": "no answer within 20 s"}}]}
+
+All times are microseconds a product. `dense`, `decode` and `cusparselt` are missing where there was
+none; `plan` where the kernel's own rule is as good; `failed` where nothing failed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.resources
+import json
+import logging
+import math
+import os
+import re
+import statistics
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from . import _ffi_cuda
+from ._ffi_cusparselt import UNIT, Algorithm
+from .machine import Machine, this_machine
+
+_LOGGER = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+# The numbers of rows that are measured.
+BUCKETS = (1, 8, *(2**power for power in range(4, 15)))
+DTYPES = ("float16", "bfloat16")
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTime:
+    """The decode kernel: microseconds, and the plan where one beats the kernel's own rule."""
+
+    microseconds: float
+    plan: Mapping[str, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LibraryTime:
+    """cuSPARSELt's best algorithm: microseconds, and which it is."""
+
+    microseconds: float
+    algorithm: Algorithm
+
+
+class Way(NamedTuple):
+    """One way to compute a product; `plan` is the decode kernel's, `algorithm` cuSPARSELt's."""
+
+    kind: Literal["decode", "cusparselt"]
+    microseconds: float
+    plan: Mapping[str, int] | None = None
+    algorithm: Algorithm | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What was measured for one product.
+
+    Attributes:
+        out, channels: Shape of the weight.
+        dtype: Of weight and x, "float16" or "bfloat16".
+        rows: Of x, one of `BUCKETS`.
+        dense: Microseconds of XLA's dot with the dense weight.
+        decode, cusparselt: The two ways from the device form; None where there is none, or where no
+            candidate came to right numbers.
+        failed: Candidates that crashed, hung or computed wrong numbers, and which of these.
+    """
+
+    out: int
+    channels: int
+    dtype: str
+    rows: int
+    dense: float | None = None
+    decode: DecodeTime | None = None
+    cusparselt: LibraryTime | None = None
+    failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, int, int, int]:
+        """What tells records apart; tables are sorted by it."""
+        return self.dtype, self.out, self.channels, self.rows
+
+    def ways(self) -> list[Way]:
+        """From the device form, the fastest first."""
+        found = []
+        if self.decode is not None:
+            found.append(Way("decode", self.decode.microseconds, plan=self.decode.plan))
+        if self.cusparselt is not None:
+            library = self.cusparselt
+            found.append(Way("cusparselt", library.microseconds, algorithm=library.algorithm))
+        return sorted(found, key=lambda way: way.microseconds)
+
+    @property
+    def sparse(self) -> float | None:
+        """Microseconds of the fastest way from the device form."""
+        return self.ways()[0].microseconds if self.ways() else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TuningTable:
+    """Records for one kind of GPU. Equal to itself alone: it is static where a product is traced.
+
+    Attributes:
+        machine: What it was measured on.
+        jax: The version of JAX that `dense` was measured with, of the newest records.
+        records: At most one for each key, sorted by it.
+    """
+
+    machine: Machine
+    jax: str
+    records: tuple[Record, ...] = ()
+
+    def __post_init__(self):
+        keys = [record.key for record in self.records]
+        if len(set(keys)) != len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"a tuning table holds a product once; {_product(*twice)} is twice.")
+        ordered = tuple(sorted(self.records, key=lambda record: record.key))
+        object.__setattr__(self, "records", ordered)
+
+    @functools.cached_property
+    def _products(self) -> dict[tuple[str, int, int], list[Record]]:
+        products: dict[tuple[str, int, int], list[Record]] = {}
+        for record in self.records:
+            products.setdefault(record.key[:3], []).append(record)
+        return products
+
+    def find(self, shape: tuple[int, int], dtype: Any, rows: int) -> Record | None:
+        """The record of the smallest number of rows that is at least `rows`, else of the largest.
+
+        Args:
+            shape: `(out, channel)` of the weight.
+
+        Returns:
+            None where this shape was not measured in this dtype.
+        """
+        records = self._products.get((np.dtype(dtype).name, *shape), [])
+        return next((record for record in records if record.rows >= rows), (records or [None])[-1])
+
+
+def _product(dtype: str, out: int, channels: int, rows: int) -> str:
+    return f"{out}x{channels} {dtype} with {rows} rows"
+
+
+def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
+    """The records of both; where both have one, the newer's.
+
+    Raises:
+        ValueError: They are for different machines.
+    """
+    if older.machine != newer.machine:
+        raise ValueError(
+            f"tables of different machines cannot be merged: {older.machine} and {newer.machine}. "
+            f"Keep them in files of their own."
+        )
+    records = {record.key: record for record in (*older.records, *newer.records)}
+    return TuningTable(newer.machine, newer.jax, tuple(records.values()))
+
+
+# ---- files
+
+
+def table_file(machine: Machine) -> Path:
+    """Where this user's table for a machine is kept.
+
+    `$XDG_CACHE_HOME/esparse_jax/tuning/<device>-<capability>-cusparselt-<version>.json`, with
+    `~/.cache` where that variable is not set.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # the XDG specification: others are to be ignored
+        cache = Path.home() / ".cache"
+    device = re.sub(r"[^a-z0-9]+", "-", machine.device.lower()).strip("-")
+    library = machine.cusparselt or "none"
+    name = f"{device}-{machine.capability}-cusparselt-{library}.json"
+    return cache / "esparse_jax" / "tuning" / name
+
+
+def save_table(table: TuningTable, path: PathLike | None = None) -> Path:
+    """Writes a table, together with the records that are in the file already and not in the table.
+
+    The file is replaced in one go: whoever reads it meanwhile sees the old or the new one.
+
+    Args:
+        path: None is `table_file` of its machine.
+
+    Raises:
+        ValueError: The file holds something else, or the table of another machine.
+    """
+    file = table_file(table.machine) if path is None else Path(path)
+    if file.exists():
+        table = merge_tables(load_table(file), table)
+    text = json.dumps(_to_json(table), indent=1, allow_nan=False) + "\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+    return file
+
+
+def load_table(path: PathLike) -> TuningTable:
+    """Reads a table and checks every value in it.
+
+    Raises:
+        ValueError: It is no table of this format; the message says which value is wrong.
+        OSError: It cannot be read.
+    """
+    return _from_text(Path(path).read_text(encoding="utf-8"), str(path))
+
+
+def _to_json(table: TuningTable) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        **table.machine._asdict(),
+        "jax": table.jax,
+        "records": [_record_to_json(record) for record in table.records],
+    }
+
+
+def _record_to_json(record: Record) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "out": record.out,
+        "channels": record.channels,
+        "dtype": record.dtype,
+        "rows": record.rows,
+    }
+    if record.dense is not None:
+        fields["dense"] = record.dense
+    if record.decode is not None:
+        fields["decode"] = {"microseconds": record.decode.microseconds}
+        if record.decode.plan is not None:
+            fields["decode"]["plan"] = dict(record.decode.plan)
+    if record.cusparselt is not None:
+        algorithm = dataclasses.asdict(record.cusparselt.algorithm)
+        fields["cusparselt"] = {
+            "microseconds": record.cusparselt.microseconds,
+            **{name: int(value) for name, value in algorithm.items() if value is not None},
+        }
+    if record.failed:
+        fields["failed"] = dict(record.failed)
+    return fields
+
+
+def _from_text(text: str, name: str) -> TuningTable:
+    mend = "Measure again with `esparse tune --output` and another file, or remove this one."
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON: {error}. {mend}") from error
+    where = "the table"
+    try:
+        _require_type(fields, dict, "it", "an object")
+        version = fields.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {version!r}; this version of the package reads {FORMAT_VERSION}"
+            )
+        _require_fields(
+            fields, ("format_version", "device", "capability", "cusparselt", "jax", "records")
+        )
+        for field in ("device", "capability", "jax"):
+            _require_type(fields[field], str, field, "a text")
+        if fields["cusparselt"] is not None:
+            _require_type(fields["cusparselt"], str, "cusparselt", "a version or null")
+            if not re.fullmatch(r"[0-9]+(\.[0-9]+){2}", fields["cusparselt"]):
+                raise ValueError(f'cusparselt is {fields["cusparselt"]!r}; it is like "0.8.0"')
+        if not re.fullmatch(r"[0-9]+\.[0-9]+", fields["capability"]):
+            raise ValueError(f'capability is {fields["capability"]!r}; it is like "9.0"')
+        _require_type(fields["records"], list, "records", "a list")
+        records = []
+        for number, record in enumerate(fields["records"]):
+            where = f"record {number}"
+            records.append(_record_from_json(record))
+        where = "the table"
+        machine = Machine(fields["device"], fields["capability"], fields["cusparselt"])
+        return TuningTable(machine, fields["jax"], tuple(records))
+    except ValueError as error:
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{name} is no tuning table: in {where}, {reason}. {mend}") from error
+
+
+def _record_from_json(fields: Any) -> Record:
+    _require_type(fields, dict, "it", "an object")
+    _require_fields(
+        fields,
+        ("out", "channels", "dtype", "rows"),
+        ("dense", "decode", "cusparselt", "failed"),
+    )
+    for size in ("out", "channels"):
+        _require_whole(fields[size], size)
+        if fields[size] < UNIT or fields[size] % UNIT:
+            raise ValueError(f"{size} is {fields[size]}; a 2:4 weight has multiples of {UNIT}")
+    if fields["dtype"] not in DTYPES:
+        raise ValueError(f"dtype is {fields['dtype']!r}; it is one of {', '.join(DTYPES)}")
+    if fields["rows"] not in BUCKETS or isinstance(fields["rows"], bool):
+        raise ValueError(f"rows is {fields['rows']!r}; it is one of {', '.join(map(str, BUCKETS))}")
+    dense = _time_of(fields["dense"], "dense") if "dense" in fields else None
+    failed = fields.get("failed", {})
+    _require_type(failed, dict, "failed", "an object")
+    for name, reason in failed.items():
+        _require_type(reason, str, f"failed[{name!r}]", "a text")
+    return Record(
+        fields["out"],
+        fields["channels"],
+        fields["dtype"],
+        fields["rows"],
+        dense,
+        _decode_from_json(fields["decode"]) if "decode" in fields else None,
+        _library_from_json(fields["cusparselt"]) if "cusparselt" in fields else None,
+        failed,
+    )
+
+
+def _decode_from_json(fields: Any) -> DecodeTime:
+    _require_type(fields, dict, "decode", "an object")
+    _require_fields(fields, ("microseconds",), ("plan",), "decode")
+    microseconds = _time_of(fields["microseconds"], "decode's microseconds")
+    plan = fields.get("plan")
+    if plan is not None:
+        _require_type(plan, dict, "plan", "an object")
+        _require_fields(plan, (), tuple(_ffi_cuda.PLAN_VALUES), "plan")
+        for field, value in plan.items():
+            _require_whole(value, field)
+            if value not in _ffi_cuda.PLAN_VALUES[field]:
+                raise ValueError(
+                    f"{field} of a plan is {value}; it is one of "
+                    f"{', '.join(map(str, _ffi_cuda.PLAN_VALUES[field]))}"
+                )
+    return DecodeTime(microseconds, plan)
+
+
+def _library_from_json(fields: Any) -> LibraryTime:
+    _require_type(fields, dict, "cusparselt", "an object")
+    names = tuple(field.name for field in dataclasses.fields(Algorithm))
+    _require_fields(fields, ("microseconds", "id"), names, "cusparselt")
+    microseconds = _time_of(fields["microseconds"], "cusparselt's microseconds")
+    values = {name: fields[name] for name in names if name in fields}
+    for name, value in values.items():
+        _require_whole(value, name)
+    return LibraryTime(microseconds, Algorithm(**values))
+
+
+def _require_type(value: Any, kind: type, name: str, words: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r}; it must be {words}")
+
+
+def _require_whole(value: Any, name: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+
+
+def _time_of(value: Any, name: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} is {value!r}; a time is a positive number of microseconds")
+    return float(value)
+
+
+def _require_fields(
+    fields: Mapping[str, Any],
+    required: Iterable[str],
+    optional: Iterable[str] = (),
+    name: str = "it",
+) -> None:
+    required = set(required)
+    missing, unknown = required - set(fields), set(fields) - required - set(optional)
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+    if unknown:
+        raise ValueError(f"{name} has the unknown {', '.join(sorted(map(str, unknown)))}")
+
+
+# ---- which table is asked
+
+
+class Stored(NamedTuple):
+    """The table that applies to a machine, and the files it came from, the stronger ones last."""
+
+    table: TuningTable | None
+    files: tuple[str, ...]
+
+
+@functools.cache
+def stored_table(machine: Machine) -> Stored:
+    """What was measured for a machine: the package's own table, and over it the user's.
+
+    Read once per process, which is the only thing this module remembers: what is measured while a
+    process runs is used by the next one, or by this one through `use_table`. A file that cannot be
+    read is passed over, and one line is logged.
+    """
+    table, files = None, []
+    for name, text in _candidates(machine):
+        try:
+            found = _from_text(text(), name)
+        except (OSError, ValueError) as error:
+            _LOGGER.warning("a tuning table is not used: %s", error)
+            continue
+        if found.machine != machine:
+            continue
+        table = found if table is None else merge_tables(table, found)
+        files.append(name)
+    return Stored(table, tuple(files))
+
+
+def _candidates(machine: Machine):
+    """(name, function that reads it) of every file that may hold the machine's table."""
+    packaged = importlib.resources.files(__package__) / "tables"
+    for file in sorted(packaged.iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".json"):
+            yield str(file), functools.partial(file.read_text, encoding="utf-8")
+    own = table_file(machine)
+    if own.exists():
+        yield str(own), functools.partial(own.read_text, encoding="utf-8")
+
+
+# What `use_table` was given: a table, None for none, or the machine's own.
+TableChoice = TuningTable | Literal["machine"] | None
+_IN_USE: ContextVar[TableChoice] = ContextVar("esparse_jax_tuning_table", default="machine")
+
+
+@contextlib.contextmanager
+def use_table(table: TuningTable | None) -> Iterator[None]:
+    """Inside, products are traced with this table, or with None without any.
+
+    Otherwise they are traced with the one that belongs to the machine (`stored_table`). What was
+    traced before keeps its choices; so does a jitted function that was first called elsewhere::
+
+        with use_table(load_table("h200.json")):
+            step = jax.jit(decode_step).lower(*arguments).compile()
+
+    With a GPU at hand the table must be for that GPU and its library. Without one, a computation
+    that is lowered for CUDA takes the table as it is.
+    """
+    token = _IN_USE.set(table)
+    try:
+        yield
+    finally:
+        _IN_USE.reset(token)
+
+
+def table_choice() -> TableChoice:
+    """What `use_table` says here, as a static value."""
+    return _IN_USE.get()
+
+
+def resolve_table(choice: TableChoice) -> TuningTable | None:
+    """The table that a choice comes to on the machine at hand.
+
+    Raises:
+        ValueError: A table that was given is for another machine.
+    """
+    machine = this_machine()
+    if isinstance(choice, TuningTable):
+        if machine is not None and choice.machine != machine:
+            raise ValueError(
+                f"this tuning table is for {choice.machine}; here is {machine}, where its times "
+                f"and algorithm numbers mean nothing. Run `esparse tune` here, or use_table(None)."
+            )
+        return choice
+    if choice is None or machine is None:
+        return None
+    return stored_table(machine).table
+
+
+# ---- sparse or dense
+
+
+class FormChoice(NamedTuple):
+    """Whether a layer is better held 2:4 or dense.
+
+    Attributes:
+        form: "sparse" or "dense".
+        reason: Why, as a sentence without its full stop.
+        sparse, dense: Microseconds of the two, geometric means over the rows; None where they were
+            not measured.
+    """
+
+    form: Literal["sparse", "dense"]
+    reason: str
+    sparse: float | None = None
+    dense: float | None = None
+
+
+def choose_form(
+    shape: tuple[int, int],
+    dtype: Any,
+    rows: tuple[int, int],
+    table: TuningTable | None = None,
+) -> FormChoice:
+    """Whether a weight is faster dense or in its device form, for a range of rows.
+
+    The times of all records that serve a number of rows in the range are compared by their
+    geometric means: each of these numbers of rows counts the same, whatever its time. A tie is
+    sparse, which takes 9/16 of the memory; so is whatever was not measured.
+
+    Args:
+        shape: `(out, channel)` of the weight.
+        rows: The smallest and the largest number of rows (tokens at once) it will see.
+        table: None is the one in use here, see `use_table`.
+
+    Raises:
+        ValueError: `rows` is no range of numbers from 1.
+    """
+    low, high = rows
+    if not 1 <= low <= high:
+        raise ValueError(
+            f"rows is the smallest and the largest number of rows of x, from 1; got {rows}."
+        )
+    table = resolve_table(table_choice() if table is None else table)
+    if table is None:
+        return FormChoice("sparse", "there is no tuning table for this machine (esparse tune)")
+    served = {bucket(low), bucket(high), *(size for size in BUCKETS if low <= size <= high)}
+    found = {size: table.find(shape, dtype, size) for size in sorted(served)}
+    missing = [
+        size
+        for size, record in found.items()
+        if record is None or record.rows != size or record.sparse is None or record.dense is None
+    ]
+    name = f"{shape[0]}x{shape[1]} {np.dtype(dtype).name}"
+    if missing:
+        listed = ", ".join(map(str, missing))
+        return FormChoice("sparse", f"{name} was not measured for {listed} rows (esparse tune)")
+    sparse, dense = (
+        statistics.geometric_mean([getattr(record, form) for record in found.values()])
+        for form in ("sparse", "dense")
+    )
+    form = "dense" if dense < sparse else "sparse"
+    reason = f"{name} takes {sparse:.1f} us 2:4 and {dense:.1f} us dense for {low} to {high} rows"
+    return FormChoice(form, reason, sparse, dense)
+
+
+def bucket(rows: int) -> int:
+    """The number of rows that is measured for this one: the next of `BUCKETS`, or the last."""
+    return next((size for size in BUCKETS if size >= rows), BUCKETS[-1])

@@ -1,0 +1,525 @@
+"""The search for the best way to multiply by a 2:4 weight: step (2) of the paper's section 4.
+
+For each number of rows in `BUCKETS`: the decode kernel and its plans, every algorithm of cuSPARSELt
+with every way to split the sum, and the dense product. All are whole products, row-major x to
+row-major y, over more weights than a cache holds. First each candidate is timed once, coarsely,
+then the best few again, in turns. A candidate counts only after its numbers were compared with a
+dense product in float32.
+
+An algorithm may take the process with it, or never return. So candidates run in a child process,
+one for each shape (`_tune_worker`), with a time limit for each candidate; this process touches no
+GPU. When the child dies or does not answer, the candidate in hand is noted as failed, and a new
+child goes on with the next.
+
+How long it takes, reckoned for LLaMA-7B's four fused products, 13 numbers of rows and one dtype on
+an H200, where a product takes 7 us to 5 ms:
+
+    4 children, until they have a GPU, weights and reference              8 s each           32 s
+    52 dense products, compiled and autotuned by XLA                      2.5 s each        130 s
+    52 sets of operands                                                   0.2 s each         10 s
+    4,992 times the library: 52 algorithms, 2 splits, 4 products,         10 ms of plans     50 s
+        12 numbers of rows (1 is padded to 8); up to 2,048 rows           5 ms of GPU        20 s
+        more, where 4 launches show what is hopeless                      10 to 50 ms        25 s
+    972 times the decode kernel: 81 plans, 4 products, 3 numbers of rows  4 ms                4 s
+
+Together 270 s, half of them XLA's. With fewer algorithms it is less: their number is the library's.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import queue
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _ffi_cuda
+from ._ffi_cusparselt import ROW_UNIT, Algorithm, SplitKMode, why_not
+from .machine import Machine
+from .table import BUCKETS, DecodeTime, LibraryTime, Record, TuningTable
+
+_LOGGER = logging.getLogger(__name__)
+
+WORKER = (sys.executable, "-m", "esparse_jax.sparse._tune_worker")
+# How many of a kind are timed again, how often, and the least that counts as a difference.
+_FINALISTS, _ROUNDS, _NOISE = 4, 3, 0.02
+# Below so many outputs, segment-K was reported to hang on Hopper (vllmbench, cuSPARSELt 0.7.1).
+_SEGMENT_K_OUT = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How long a child may take, in seconds, before it is ended.
+
+    Attributes:
+        start: Until it has a GPU, a weight and the reference; and for x and copies of the weight.
+        candidate: To check and time one candidate.
+        dense: The same for a product that XLA compiles and autotunes.
+        restarts: So many candidates of one shape may cost a child; then the rest of the plans and
+            algorithms is left out.
+    """
+
+    start: float = 240.0
+    candidate: float = 20.0
+    dense: float = 240.0
+    restarts: int = 20
+
+
+class TuneProgress(NamedTuple):
+    """How far the search for one shape is; `rows` is the number that is being measured."""
+
+    shape: tuple[int, int]
+    rows: int
+    done: int
+    total: int
+
+
+class Candidate(NamedTuple):
+    """One way to compute a product.
+
+    Attributes:
+        kind: "dense", "decode" (up to 16 rows), "pieces" (the decode kernel for every 16 rows) or
+            "cusparselt".
+        plan: Of the decode kernel; empty for its own rule.
+        algorithm: Of cuSPARSELt.
+    """
+
+    kind: str
+    plan: tuple[tuple[str, int], ...] = ()
+    algorithm: Algorithm | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(
+            [self.kind, *(f"{name} {value}" for name, value in self._choices().items())]
+        )
+
+    def _choices(self) -> dict[str, int]:
+        if self.algorithm is None:
+            return dict(self.plan)
+        fields = dataclasses.asdict(self.algorithm).items()
+        return {name: int(value) for name, value in fields if value is not None}
+
+    def request(self) -> dict[str, Any]:
+        """What the child is told."""
+        if self.kind == "decode":
+            return {"kind": self.kind, "plan": dict(self.plan)}
+        return {"kind": self.kind, **self._choices()}
+
+
+def decode_plans() -> list[dict[str, int]]:
+    """All plans of the decode kernel that can differ: 80."""
+    fields = ("tiles", "warps", "blocks", "interleave", "resident")
+    values = itertools.product(*(_ffi_cuda.PLAN_VALUES[field] for field in fields))
+    plans = [dict(zip(fields, value, strict=True)) for value in values]
+    return [plan for plan in plans if plan["warps"] * plan["blocks"] <= 16]
+
+
+def library_algorithms(count: int, capability: str, out: int) -> list[Algorithm]:
+    """Every algorithm id with every way to split the sum over channels that a GPU may offer.
+
+    The library refuses what it does not offer before anything runs, so one too many costs nothing.
+
+    Args:
+        count: The ids are 0 to `count - 1`.
+        capability: Of the GPU, "9.0".
+        out: Outputs of the weight.
+
+    Source: cuSPARSELt's documentation of cusparseLtMatmulAlgAttribute_t, and the error texts of
+        0.8.0: on Hopper only 1 and -1 (segment-K), before it slices and one or two kernels, after
+        it modes.
+    """
+    major = int(capability.split(".")[0])
+    splits: list[dict[str, int]] = [{}]
+    if major < 9:
+        modes = (SplitKMode.ONE_KERNEL, SplitKMode.TWO_KERNELS)
+        splits += [
+            {"split_k": slices, "split_k_mode": mode} for slices in (2, 3, 4, 8) for mode in modes
+        ]
+    elif major > 9:
+        splits += [{"split_k_mode": mode} for mode in SplitKMode if mode >= SplitKMode.HEURISTIC]
+    elif out >= _SEGMENT_K_OUT:
+        splits.append({"split_k": -1})
+    return [Algorithm(id=id, **split) for id in range(count) for split in splits]
+
+
+def tune_shape(
+    shape: tuple[int, int],
+    *,
+    dtype: Any = "float16",
+    rows: Iterable[int] = BUCKETS,
+    limits: Limits | None = None,
+    progress: Callable[[TuneProgress], None] | None = None,
+    worker: Sequence[str] = WORKER,
+) -> TuningTable:
+    """Measures the products of one shape on this machine's GPU, in a child process.
+
+    Args:
+        shape: `(out, channel)` of the weight, multiples of 64 (of 16: by cuSPARSELt alone).
+        dtype: float16 or bfloat16.
+        rows: Which of `BUCKETS`.
+        limits: None is `Limits()`.
+        progress: Called before each candidate.
+        worker: The command that runs the child.
+
+    Returns:
+        A table with one record for each number of rows. `save_table` puts it beside what was
+        measured before.
+
+    Raises:
+        ValueError: A shape, dtype or number of rows that no product is tuned for.
+        RuntimeError: There is no GPU to measure on, or the child does not start; the message has
+            its last line. Where that happens later, what was measured is returned, and one line is
+            logged.
+
+    Source: E-Sparse, section 4, step (2).
+    Paper silent: what is searched and how it is timed.
+    """
+    rows, dtype = sorted(set(rows)), np.dtype(dtype)
+    wrong = [each for each in rows if each not in BUCKETS]
+    if wrong or not rows:
+        raise ValueError(
+            f"products are tuned for {', '.join(map(str, BUCKETS))} rows, which serve all numbers "
+            f"between; got {', '.join(map(str, wrong)) or 'none'}."
+        )
+    refused = why_not(shape, dtype)
+    if refused is not None:
+        raise ValueError(f"a weight of this shape and dtype is not tuned: {refused}.")
+    search = _Search(shape, dtype.name, rows, limits or Limits(), progress, worker)
+    with contextlib.closing(search):
+        return search.run()
+
+
+class _Search:
+    """The search for one shape: what to ask next, and what came of it so far."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: str,
+        rows: list[int],
+        limits: Limits,
+        progress: Callable[[TuneProgress], None] | None,
+        worker: Sequence[str],
+    ):
+        self._shape, self._dtype, self._rows = shape, dtype, rows
+        self._limits, self._progress, self._worker = limits, progress, worker
+        self._child: _Child | None = None
+        self._facts: dict[str, Any] = {}
+        # What failed once is not tried again with other rows: nothing that crashes now and then is
+        # to be a winner.
+        self._failed: dict[Candidate, str] = {}
+        self._libraries: dict[int, LibraryTime | None] = {}
+        self._workspaces: dict[tuple[int, Candidate], int] = {}
+        self._restarts = self._done = self._total = 0
+
+    def run(self) -> TuningTable:
+        """All there is to measure."""
+        self._facts = facts = self._running().facts
+        self._total = sum(1 for _ in self._all_candidates())
+        records = []
+        for rows in self._rows:
+            try:
+                records.append(self._record(rows))
+            except RuntimeError as error:
+                if not records:
+                    raise
+                _LOGGER.warning("%dx%d, from %d rows: %s", *self._shape, rows, error)
+                break
+        machine = Machine(facts["device"], facts["capability"], facts["cusparselt"])
+        return TuningTable(machine, facts["jax"], tuple(records))
+
+    def close(self) -> None:
+        """Ends the child."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def _record(self, rows: int) -> Record:
+        dense = self._time(rows, Candidate("dense"))
+        decode = self._decode(rows)
+        library = self._library(rows)
+        failed = {str(candidate): reason for candidate, reason in self._failed.items()}
+        self._failed.pop(Candidate("dense"), None)  # which must not be without because of one
+        return Record(*self._shape, self._dtype, rows, dense, decode, library, failed)
+
+    # ---- what is asked
+
+    def _plans(self, rows: int) -> list[Candidate]:
+        """The decode kernel's own rule and its plans."""
+        if not self._facts["decode"] or rows > _ffi_cuda.MAX_ROWS:
+            return []
+        plans = [{}, *decode_plans()]
+        return [Candidate("decode", plan=tuple(plan.items())) for plan in plans]
+
+    def _pieces(self, rows: int) -> list[Candidate]:
+        """Two calls of the decode kernel; more never won."""
+        twice = self._facts["decode"] and rows == 2 * _ffi_cuda.MAX_ROWS
+        return [Candidate("pieces")] if twice else []
+
+    def _algorithms(self) -> list[Candidate]:
+        facts = self._facts
+        found = library_algorithms(facts["algorithms"], facts["capability"], self._shape[0])
+        return [Candidate("cusparselt", algorithm=algorithm) for algorithm in found]
+
+    def _all_candidates(self) -> Iterable[Candidate]:
+        for rows in self._rows:
+            yield Candidate("dense")
+            yield from self._plans(rows)
+            yield from self._pieces(rows)
+        for _ in {_library_rows(rows) for rows in self._rows}:
+            yield from self._algorithms()
+
+    # ---- one number of rows
+
+    def _decode(self, rows: int) -> DecodeTime | None:
+        for candidate in self._pieces(rows):
+            microseconds = self._time(rows, candidate)
+            return None if microseconds is None else DecodeTime(microseconds)
+        plans = self._plans(rows)
+        coarse = self._time_all(rows, plans)
+        if not plans or plans[0] not in coarse:
+            return None
+        rule = plans[0]
+        best = sorted(coarse, key=coarse.__getitem__)[:_FINALISTS]
+        final = self._time_again(rows, [rule, *(each for each in best if each != rule)])
+        if rule not in final:
+            return None
+        own = statistics.median(final[rule])
+        noise = max(_NOISE * own, max(final[rule]) - min(final[rule]))
+        winner = min(final, key=lambda each: statistics.median(final[each]))
+        microseconds = statistics.median(final[winner])
+        if own - microseconds <= noise:
+            return DecodeTime(own)
+        return DecodeTime(microseconds, dict(winner.plan))
+
+    def _library(self, rows: int) -> LibraryTime | None:
+        rows = _library_rows(rows)
+        if rows not in self._libraries:
+            coarse = self._time_all(rows, self._algorithms())
+            best = sorted(coarse, key=coarse.__getitem__)[:_FINALISTS]
+            final = self._time_again(rows, best)
+            self._libraries[rows] = None
+            if final:
+                winner = min(final, key=lambda each: statistics.median(final[each]))
+                self._libraries[rows] = LibraryTime(
+                    statistics.median(final[winner]),
+                    dataclasses.replace(
+                        winner.algorithm, workspace_bytes=self._workspaces[rows, winner]
+                    ),
+                )
+        return self._libraries[rows]
+
+    def _time_all(self, rows: int, candidates: list[Candidate]) -> dict[Candidate, float]:
+        found: dict[Candidate, float] = {}
+        for candidate in candidates:
+            best = min(found.values(), default=None)
+            microseconds = self._time(rows, candidate, best=best)
+            if microseconds is not None:
+                found[candidate] = microseconds
+        return found
+
+    def _time_again(self, rows: int, candidates: list[Candidate]) -> dict[Candidate, list[float]]:
+        """In turns, so that none has the better moment."""
+        found: dict[Candidate, list[float]] = {candidate: [] for candidate in candidates}
+        for _ in range(_ROUNDS):
+            for candidate, times in found.items():
+                microseconds = self._time(rows, candidate, thorough=True)
+                if microseconds is not None:
+                    times.append(microseconds)
+        return {
+            candidate: times for candidate, times in found.items() if candidate not in self._failed
+        }
+
+    def _time(
+        self, rows: int, candidate: Candidate, *, thorough: bool = False, best: float | None = None
+    ) -> float | None:
+        """Microseconds, or None where the candidate has none; why is noted, if it ran."""
+        if not thorough:
+            self._done += 1
+            if self._progress is not None:
+                self._progress(TuneProgress(self._shape, rows, self._done, self._total))
+        optional = bool(candidate.plan) or candidate.algorithm is not None
+        given_up = optional and not thorough and self._restarts > self._limits.restarts
+        if candidate in self._failed or given_up:
+            return None
+        try:
+            answer = self._running().ask(
+                {
+                    "rows": rows,
+                    "candidate": candidate.request(),
+                    "thorough": thorough,
+                    "best": best,
+                },
+                self._limits.start,
+                self._limits.dense
+                if candidate.kind in ("dense", "pieces")
+                else self._limits.candidate,
+            )
+        except _LostError as lost:
+            return self._fail(rows, candidate, str(lost))
+        if "wrong" in answer:
+            # What else it wrote over is not known: the next one gets operands of its own.
+            return self._fail(
+                rows, candidate, f"wrong numbers, {answer['wrong']:.3g} times too far"
+            )
+        if "failed" in answer:
+            return self._fail(rows, candidate, answer["failed"])
+        if "refused" in answer:
+            if candidate.kind == "dense" or candidate == Candidate("decode"):
+                self._failed[candidate] = f"with {rows} rows: {answer['refused']}"
+            return None
+        microseconds = float(answer["microseconds"])
+        if not 0 < microseconds < float("inf"):
+            return self._fail(rows, candidate, f"the impossible time of {microseconds} us")
+        self._workspaces[rows, candidate] = answer.get("workspace_bytes", 0)
+        return microseconds
+
+    def _fail(self, rows: int, candidate: Candidate, reason: str) -> None:
+        """Notes a failure; the next candidate gets a new child."""
+        self._failed[candidate] = f"with {rows} rows: {reason}"
+        _LOGGER.info("%dx%d: %s: %s", *self._shape, candidate, self._failed[candidate])
+        self.close()
+        self._restarts += 1
+        if self._restarts == self._limits.restarts + 1:
+            _LOGGER.warning(
+                "%dx%d: %d candidates failed and took a new child process each; the plans and "
+                "algorithms that are left are not measured. The last one is %s: %s",
+                *self._shape,
+                self._restarts,
+                candidate,
+                self._failed[candidate],
+            )
+
+    def _running(self) -> "_Child":
+        """The child, or a new one."""
+        if self._child is None:
+            job = {
+                "out": self._shape[0],
+                "channels": self._shape[1],
+                "dtype": self._dtype,
+                "rows": self._rows,
+                "platform": "cuda",
+            }
+            self._child = _Child(self._worker, job, self._limits.start)
+        return self._child
+
+
+def _library_rows(rows: int) -> int:
+    """What the library is given: multiples of 8."""
+    return -(-rows // ROW_UNIT) * ROW_UNIT
+
+
+class _LostError(Exception):
+    """The child died or did not answer; the message says which."""
+
+
+class _Child:
+    """One run of the worker.
+
+    Attributes:
+        facts: What it says of the machine.
+    """
+
+    def __init__(self, command: Sequence[str], job: Mapping[str, Any], seconds: float):
+        environment = os.environ | {
+            # Its GPU is for copies of weights, not for a pool that is taken before they are made.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the child
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+            text=True,
+        )
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        try:
+            self._send(job)
+            answer = self._receive(("ready", "error"), seconds)
+        except _LostError as lost:
+            self.close()
+            raise RuntimeError(f"the process that times products did not start: {lost}.") from None
+        except BaseException:
+            self.close()
+            raise
+        if "error" in answer:
+            self.close()
+            raise RuntimeError(f"nothing can be timed here: {answer['error']}")
+        self.facts = answer["ready"]
+
+    def ask(
+        self, request: Mapping[str, Any], prepare_seconds: float, seconds: float
+    ) -> dict[str, Any]:
+        """Sends a request and returns its end.
+
+        Raises:
+            _LostError: The operands were not made, or the candidate not measured, in time; or the
+                child died over it.
+        """
+        self._send(request)
+        self._receive(("begin",), prepare_seconds)
+        return self._receive(("end",), seconds)
+
+    def close(self) -> None:
+        """Ends it, whatever it does."""
+        self._process.kill()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(
+                f"process {self._process.pid}, in which a candidate hangs, does not end when it is "
+                f"killed: the GPU's driver holds it. Nothing can be measured until it is gone."
+            ) from None
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with contextlib.suppress(OSError):
+                stream.close()
+
+    def _read(self) -> None:
+        with contextlib.suppress(ValueError, OSError):  # closed at the end
+            for line in self._process.stdout:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def _send(self, fields: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it is dead: its output says so
+            self._process.stdin.write(json.dumps(fields) + "\n")
+            self._process.stdin.flush()
+
+    def _receive(self, keys: tuple[str, ...], seconds: float) -> dict[str, Any]:
+        """The next report that has one of the keys."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise _LostError(f"no answer within {seconds:g} s") from None
+            if line is None:
+                raise _LostError(self._last_words())
+            try:
+                report = json.loads(line)
+            except ValueError:
+                continue  # something a library printed
+            if isinstance(report, dict) and any(key in report for key in keys):
+                return report
+
+    def _last_words(self) -> str:
+        status = self._process.wait()
+        how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        return f"the process died ({how})" + (f": {lines[-1]}" if lines else "")

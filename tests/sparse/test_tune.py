@@ -1,0 +1,423 @@
+"""The search's logic, with a child process that answers as a script says; and the child's, here."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esparse_jax.sparse import (
+    BUCKETS,
+    Algorithm,
+    Limits,
+    Machine,
+    SplitKMode,
+    TuneProgress,
+    tune_shape,
+)
+from esparse_jax.sparse import tune as tune_file
+from esparse_jax.sparse._timing import Chain, chain_rotation, random_24, rotation
+from esparse_jax.sparse.compress import check24
+from esparse_jax.sparse.table import DecodeTime, LibraryTime
+from esparse_jax.sparse.tune import decode_plans, library_algorithms
+
+SHAPE = (512, 256)
+FACTS = {
+    "device": "Abacus 9",
+    "capability": "9.0",
+    "cusparselt": "0.8.0",
+    "jax": "0.11.2",
+    "decode": True,
+    "algorithms": 3,
+}
+QUICK = Limits(start=60.0, candidate=0.5, dense=1.0, restarts=20)
+PLAN = {"tiles": 2, "warps": 8, "blocks": 1, "interleave": 2, "resident": 1}
+PLAN_NAME = "decode, tiles 2, warps 8, blocks 1, interleave 2, resident 1"
+
+
+class Worker:
+    """The scripted child: what it was asked, and what it is to answer."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.command = (sys.executable, "-m", "fake_tune_worker", str(folder))
+
+    def write(self, answers=None, default=20.0, **facts):
+        script = {"facts": FACTS | facts, "answers": answers or {}, "default": default}
+        if "error" in facts:
+            script["facts"] = facts
+        (self.folder / "script.json").write_text(json.dumps(script))
+
+    def asked(self) -> list[dict]:
+        lines = (self.folder / "asked.jsonl").read_text().splitlines()
+        return [line for line in map(json.loads, lines) if "name" in line]
+
+    def starts(self) -> list[dict]:
+        lines = (self.folder / "asked.jsonl").read_text().splitlines()
+        return [line for line in map(json.loads, lines) if "job" in line]
+
+    def tune(self, rows, limits=QUICK, **options):
+        table = tune_shape(SHAPE, rows=rows, limits=limits, worker=self.command, **options)
+        return {record.rows: record for record in table.records}
+
+
+@pytest.fixture
+def worker(tmp_path):
+    return Worker(tmp_path)
+
+
+# ---- what is asked, and what comes of it
+
+
+def test_every_way_is_measured_and_the_best_again(worker):
+    worker.write(
+        {
+            "dense": 30.0,
+            "decode": 12.0,
+            PLAN_NAME: 9.0,
+            "cusparselt, id 2, split_k -1": {"microseconds": 15.0, "workspace_bytes": 64},
+        }
+    )
+    seen: list[TuneProgress] = []
+    table = tune_shape(
+        SHAPE, dtype="bfloat16", rows=[16], limits=QUICK, progress=seen.append,
+        worker=worker.command,
+    )  # fmt: skip
+    assert table.machine == Machine("Abacus 9", "9.0", "0.8.0")
+    assert table.jax == "0.11.2"
+    (record,) = table.records
+    assert (record.out, record.channels, record.dtype, record.rows) == (*SHAPE, "bfloat16", 16)
+    assert record.dense == 30.0
+    assert record.decode == DecodeTime(9.0, PLAN)
+    assert record.cusparselt == LibraryTime(15.0, Algorithm(2, split_k=-1, workspace_bytes=64))
+    assert record.failed == {}
+
+    asked = worker.asked()
+    coarse = [line["name"] for line in asked if not line["thorough"]]
+    algorithms = [f"cusparselt, id {i}{split}" for i in range(3) for split in ("", ", split_k -1")]
+    assert coarse[0] == "dense"
+    assert coarse[1] == "decode"
+    assert len(coarse) == 2 + 80 + 6
+    assert coarse[-6:] == algorithms
+    finals = [line["name"] for line in asked if line["thorough"]]
+    assert finals.count("decode") == finals.count(PLAN_NAME) == 3
+    assert finals.count("cusparselt, id 2, split_k -1") == 3
+    assert finals[0] != finals[1]  # they take turns
+    # Each is told the best so far of its kind, so that it need not be timed if it is hopeless.
+    assert [line["best"] for line in asked[1:3]] == [None, 12.0]
+    assert asked[-1]["best"] is None
+    assert [(p.done, p.total) for p in seen] == [(i + 1, 88) for i in range(88)]
+    assert {(p.shape, p.rows) for p in seen} == {(SHAPE, 16)}
+    (start,) = worker.starts()
+    assert start["preallocate"] == "false"
+    assert start["job"] == {
+        "out": 512, "channels": 256, "dtype": "bfloat16", "rows": [16], "platform": "cuda",
+    }  # fmt: skip
+
+
+def test_the_last_measurements_decide(worker):
+    """The winner is the best of the thorough times, not of the coarse ones."""
+    worker.write(
+        {
+            "cusparselt, id 0": [10.0, 18.0, 18.0, 18.0],
+            "cusparselt, id 1": [12.0, 14.0, 50.0, 13.0],
+        },
+        decode=False,
+    )
+    (record,) = worker.tune([64]).values()
+    assert record.cusparselt == LibraryTime(14.0, Algorithm(1, workspace_bytes=0))
+    assert record.decode is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "plan", "wins"),
+    [
+        ([10.0, 10.0, 10.0, 10.0], [9.0, 9.7, 9.7, 9.7], True),
+        ([10.0, 10.0, 10.0, 10.0], [9.0, 9.9, 9.9, 9.9], False),  # less than 2 %
+        ([10.0, 9.5, 10.0, 10.1], [9.0, 9.5, 9.5, 9.5], False),  # less than the rule's own spread
+    ],
+)
+def test_a_plan_must_beat_the_rule_by_more_than_noise(worker, rule, plan, wins):
+    worker.write({"decode": rule, PLAN_NAME: plan}, algorithms=0)
+    (record,) = worker.tune([1]).values()
+    assert record.decode == (DecodeTime(9.7, PLAN) if wins else DecodeTime(10.0, None))
+    assert record.cusparselt is None
+
+
+def test_rows_ask_for_what_can_serve_them(worker):
+    worker.write({"pieces": 17.5})
+    records = worker.tune([1, 8, 32, 64])
+    kinds = {
+        rows: {line["name"].split(",")[0] for line in worker.asked() if line["rows"] == rows}
+        for rows in (1, 8, 32, 64)
+    }
+    assert kinds[1] == {"dense", "decode"}  # the library is given 8 rows for one
+    assert kinds[8] == {"dense", "decode", "cusparselt"}
+    assert kinds[32] == {"dense", "pieces", "cusparselt"}
+    assert kinds[64] == {"dense", "cusparselt"}
+    assert records[1].cusparselt == records[8].cusparselt is not None
+    assert records[32].decode == DecodeTime(17.5)
+    assert records[64].decode is None
+
+
+def test_refusals_are_no_failures(worker):
+    worker.write({"cusparselt, id 1, split_k -1": {"refused": "not supported"}})
+    (record,) = worker.tune([64]).values()
+    assert record.failed == {}
+    assert len(worker.starts()) == 1
+    worker.write({"dense": {"refused": "out of memory"}, "cusparselt, id 0": 4.0})
+    records = worker.tune([64, 128])
+    for rows in (64, 128):
+        assert records[rows].dense is None
+        assert records[rows].failed == {"dense": f"with {rows} rows: out of memory"}
+        assert records[rows].cusparselt.microseconds == 4.0
+
+
+# ---- candidates that take the child with them
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("crash", r"the process died \(SIGSEGV\)"),
+        ("exit", r"the process died \(exit status 1\): CUDA_ERROR_ILLEGAL_INSTRUCTION"),
+        ("silent", r"the process died \(exit status 4\)"),
+        ("hang", r"no answer within 0\.5 s"),
+        ({"failed": "an illegal instruction"}, "an illegal instruction"),
+        ({"wrong": 812.5}, "wrong numbers, 812 times too far"),
+        ({"wrong": float("nan")}, "wrong numbers, nan times too far"),
+        (0.0, r"the impossible time of 0\.0 us"),
+        (float("inf"), "the impossible time of inf us"),
+    ],
+)
+def test_a_bad_candidate_costs_itself_alone(worker, answer, reason):
+    bad = "cusparselt, id 1"
+    worker.write({bad: answer, "cusparselt, id 2": 7.0})
+    started = time.monotonic()
+    records = worker.tune([64, 128])
+    assert time.monotonic() - started < 30
+    for record in records.values():
+        assert record.cusparselt.algorithm == Algorithm(2, workspace_bytes=0)
+        assert record.dense == 20.0
+        (failed,) = record.failed.items()
+        assert failed[0] == bad
+        with pytest.raises(AssertionError, match=f"^with 64 rows: {reason}"):
+            raise AssertionError(failed[1])
+    # One more child, which went on with what was left: nothing was measured twice.
+    assert len(worker.starts()) == 2
+    coarse = [(line["rows"], line["name"]) for line in worker.asked() if not line["thorough"]]
+    assert len(coarse) == len(set(coarse)) == 7 + 6
+    assert (128, bad) not in coarse
+
+
+def test_what_fails_when_it_is_measured_again_does_not_win(worker):
+    worker.write({"cusparselt, id 0": [3.0, 3.0, "crash"], "cusparselt, id 2": 7.0})
+    (record,) = worker.tune([64]).values()
+    assert record.cusparselt.algorithm == Algorithm(2, workspace_bytes=0)
+    assert list(record.failed) == ["cusparselt, id 0"]
+
+
+def test_a_rule_that_computes_wrong_numbers_leaves_the_library(worker):
+    worker.write({"decode": {"wrong": 3.0}})
+    (record,) = worker.tune([8]).values()
+    assert record.decode is None
+    assert record.cusparselt is not None
+    assert list(record.failed) == ["decode"]
+
+
+def test_too_many_failures_end_the_search_of_the_library(worker, caplog):
+    worker.write({"dense": 30.0, "decode": 9.0}, default="exit", algorithms=40)
+    with caplog.at_level(logging.WARNING):
+        records = worker.tune([8, 16], dataclasses.replace(QUICK, restarts=2))
+    assert len(worker.starts()) == 4
+    for rows, record in records.items():
+        assert (record.dense, record.decode.microseconds, record.cusparselt) == (30.0, 9.0, None)
+        assert len(record.failed) == 3, rows
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("512x256: 3 candidates failed and took a new child process each;")
+
+
+def test_a_dense_product_that_hangs_costs_itself(worker):
+    worker.write({"64: dense": "hang", "128: dense": 50.0})
+    records = worker.tune([64, 128])
+    assert (records[64].dense, records[128].dense) == (None, 50.0)
+    assert records[64].failed == {"dense": "with 64 rows: no answer within 1 s"}
+    assert records[128].failed == {}
+    assert records[64].cusparselt is not None
+
+
+def test_what_was_measured_is_kept_when_no_child_starts_any_more(worker, caplog, monkeypatch):
+    worker.write({"128: cusparselt, id 0": "crash"})
+    child = tune_file._Child
+
+    class DiesLater(child):
+        def __init__(self, command, job, seconds):
+            if worker.folder.joinpath("asked.jsonl").exists():
+                worker.write(dies=True)
+            super().__init__(command, job, seconds)
+
+    monkeypatch.setattr(tune_file, "_Child", DiesLater)
+    with caplog.at_level(logging.WARNING):
+        records = worker.tune([64, 128, 256])
+    assert list(records) == [64]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("512x256, from 128 rows: the process that times products did not start")
+
+
+# ---- children that do not start
+
+
+def test_a_machine_without_a_gpu_is_named(worker):
+    worker.write(error="JAX sees no NVIDIA GPU")
+    with pytest.raises(RuntimeError, match="nothing can be timed here: JAX sees no NVIDIA GPU"):
+        worker.tune([64])
+
+
+def test_a_child_that_dies_at_once_is_quoted(worker):
+    worker.write(dies=True)
+    with pytest.raises(RuntimeError, match=r"did not start: .*\(exit status 3\): no such driver\."):
+        worker.tune([64])
+    with pytest.raises(RuntimeError, match=r"did not start: the process died \(exit status 1\)"):
+        tune_shape(SHAPE, rows=[64], worker=(sys.executable, "-c", "import no_such_module"))
+
+
+def test_a_child_that_says_nothing_is_given_up(worker):
+    command = (sys.executable, "-c", "import time; time.sleep(600)")
+    with pytest.raises(RuntimeError, match=r"did not start: no answer within 0\.2 s"):
+        tune_shape(SHAPE, rows=[64], limits=Limits(start=0.2), worker=command)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        (
+            (512, 256),
+            {"rows": [20, 64]},
+            r"tuned for 1, 8, 16, .*16384 rows, which serve .* got 20",
+        ),
+        ((512, 256), {"rows": []}, "got none"),
+        ((512, 250), {}, r"not tuned: its shape \(512, 250\) is not made of multiples of 16"),
+        ((512, 256), {"dtype": "float32"}, "not tuned: it is float32"),
+    ],
+)
+def test_what_is_not_tuned_is_refused_before_anything_starts(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        tune_shape(shape, worker=("/does/not/exist",), **options)
+
+
+# ---- the lists of candidates
+
+
+def test_plans_are_all_that_can_differ():
+    plans = decode_plans()
+    assert len(plans) == len({tuple(plan.items()) for plan in plans}) == 80
+    assert all(plan["warps"] * plan["blocks"] <= 16 for plan in plans)
+
+
+def test_algorithms_follow_the_architecture():
+    hopper = library_algorithms(2, "9.0", 4096)
+    assert hopper == [
+        Algorithm(0), Algorithm(0, split_k=-1), Algorithm(1), Algorithm(1, split_k=-1),
+    ]  # fmt: skip
+    # Segment-K was reported to hang for so few outputs.
+    assert library_algorithms(2, "9.0", 384) == [Algorithm(0), Algorithm(1)]
+    ampere = library_algorithms(1, "8.0", 4096)
+    assert ampere[0] == Algorithm(0)
+    assert {a.split_k_mode for a in ampere[1:]} == {SplitKMode.ONE_KERNEL, SplitKMode.TWO_KERNELS}
+    assert all(a.split_k >= 2 for a in ampere[1:])
+    later = library_algorithms(1, "10.0", 4096)
+    assert [a.split_k_mode for a in later] == [None, 3, 4, 5, 6]
+
+
+def test_buckets():
+    assert BUCKETS == (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+# ---- the chain that is timed
+
+
+@pytest.mark.parametrize(("inputs", "weights"), [(1, 2), (3, 4)])
+def test_a_chain_runs_every_product(inputs, weights):
+    """None is dropped, or merged with another."""
+    calls = []
+
+    def multiply(x, weight):
+        calls.append(1)
+        return np.asarray(x) @ np.asarray(weight).T
+
+    def product(x, weight):
+        shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), x.dtype)
+        return jax.pure_callback(multiply, shape, x, weight)
+
+    xs = [jnp.ones((2, 8)) + i for i in range(inputs)]
+    chain = Chain(product, xs, [jnp.ones((4, 8)) + i for i in range(weights)], microseconds=2e3)
+    jax.block_until_ready(chain._call(*chain._arguments))
+    assert len(calls) == chain._products == inputs * weights
+    assert chain.microseconds(batches=3, least_seconds=1e-4) > 0
+
+
+def test_rotation_leaves_the_caches_behind():
+    shape = (4096, 4096)
+    blob = 4096 * 4096 * 9 // 8
+    assert rotation(blob, 1, shape) == 16
+    assert rotation(blob, 4096, shape) * blob + 2 * 4096 * 8192 >= 300e6
+    assert rotation(blob, 16384, shape) == 2
+    assert rotation(blob, 16384, (22016, 4096)) == 1
+    assert chain_rotation(blob, 16384, (22016, 4096)) == 2
+    assert chain_rotation(1024, 1, (16, 32)) == 128
+
+
+def test_random_weights_keep_two_of_four():
+    weight = random_24(jax.random.key(3), 64, 128, "float16")
+    check24(weight)
+    kept = (np.asarray(weight) != 0).reshape(-1, 4)
+    assert (kept.sum(axis=1) == 2).mean() > 0.99
+    patterns = {tuple(group) for group in kept.tolist() if sum(group) == 2}
+    assert len(patterns) == 6
+
+
+# ---- the child itself, as far as it goes without a GPU
+
+
+def _run_worker(*lines) -> tuple[list[dict], str, int]:
+    done = subprocess.run(
+        [sys.executable, "-m", "esparse_jax.sparse._tune_worker"],
+        input="".join(json.dumps(line) + "\n" for line in lines),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr, done.returncode
+
+
+def test_the_child_reports_before_and_after(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    job = {"out": 64, "channels": 128, "dtype": "float16", "rows": [1, 32], "platform": "cpu"}
+    dense = {"candidate": {"kind": "dense"}, "thorough": False, "best": None}
+    decode = dense | {"candidate": {"kind": "decode", "plan": {"tiles": 1}}}
+    reports, _, status = _run_worker(
+        job, dense | {"rows": 1}, dense | {"rows": 32}, decode | {"rows": 1}
+    )
+    assert status == 0
+    assert [next(iter(line)) for line in reports] == ["ready", *["begin", "end"] * 3]
+    facts = reports[0]["ready"]
+    assert (facts["decode"], facts["cusparselt"], facts["algorithms"]) == (False, None, 0)
+    assert reports[2]["microseconds"] > 0
+    assert reports[4]["microseconds"] > 0
+    assert reports[5]["begin"] == decode["candidate"]
+    assert "refused" in reports[6]  # there are no blobs, and the process goes on
+
+
+def test_the_child_says_that_there_is_no_gpu(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    job = {"out": 64, "channels": 128, "dtype": "float16", "rows": [1], "platform": "cuda"}
+    ((report,), _, status) = _run_worker(job)
+    assert status == 1
+    assert "a search times products on an NVIDIA GPU, and JAX sees none" in report["error"]

@@ -1,0 +1,89 @@
+"""The search on an NVIDIA GPU: what it measures, and that products computed by it are right."""
+
+import jax
+import pytest
+from fake_cusparselt import assert_product, random_x, weight24
+
+from esparse_jax import native
+from esparse_jax.sparse import (
+    Algorithm,
+    Limits,
+    _ffi_cuda,
+    _ffi_cusparselt,
+    choose_form,
+    compress24,
+    device_blob24,
+    load_table,
+    save_table,
+    sparse_matmul,
+    this_machine,
+    tune_shape,
+    use_table,
+)
+from esparse_jax.sparse import tune as tune_file
+from esparse_jax.sparse._timing import Chain, chain_rotation, random_24
+from esparse_jax.sparse._tune_worker import _dense
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="JAX sees no NVIDIA GPU"),
+]
+SHAPE, ROWS = (1024, 2048), (1, 16, 32, 64)
+
+
+def _as_fast_as_memory(microseconds: float, num_bytes: int) -> bool:
+    """No faster than any GPU of today reads the weight, and no slower than a plain loop."""
+    return num_bytes / 20e6 < microseconds < 2000
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_shape_is_tuned_and_multiplied_by_what_was_found(dtype, tmp_path):
+    table = load_table(save_table(tune_shape(SHAPE, dtype=dtype, rows=ROWS), tmp_path / "t.json"))
+    assert table.machine == this_machine()
+    assert table.jax == jax.__version__
+    assert [record.rows for record in table.records] == list(ROWS)
+    dense_bytes = 2 * SHAPE[0] * SHAPE[1]
+    for record in table.records:
+        assert _as_fast_as_memory(record.dense, dense_bytes)
+        kernel = _ffi_cuda.decode_available() and record.rows <= 32
+        assert (record.decode is not None) == kernel
+        library = _ffi_cusparselt.available() is None and native.extension().HAS_CUSPARSELT_TIMER
+        assert (record.cusparselt is not None) == library
+        for way in record.ways():
+            assert _as_fast_as_memory(way.microseconds, dense_bytes * 9 // 16)
+    assert choose_form(SHAPE, dtype, (1, 64), table).dense is not None
+
+    weight = weight24(SHAPE, dtype)
+    blob = device_blob24(compress24(weight))
+    with use_table(table):
+        for rows in (1, 7, 16, 20, 40, 64, 100):
+            x = random_x(rows, SHAPE[1], dtype=dtype)
+            assert_product(jax.jit(sparse_matmul)(x, blob), x, weight)
+
+
+def test_a_candidate_that_hangs_is_left_behind(monkeypatch):
+    """The child is stopped in the middle of its work, as a candidate that never returns would."""
+    if _ffi_cusparselt.available() is not None:
+        pytest.skip("cuSPARSELt is not installed")
+    ask = tune_file._Child.ask
+
+    def asked(self, request, prepare_seconds, seconds):
+        hang = request["candidate"] == {"kind": "cusparselt", "id": 1}
+        return ask(self, request, prepare_seconds, 0.0 if hang else seconds)
+
+    monkeypatch.setattr(tune_file._Child, "ask", asked)
+    (record,) = tune_shape(SHAPE, rows=[64], limits=Limits(candidate=60)).records
+    assert record.failed == {"cusparselt, id 1": "with 64 rows: no answer within 0 s"}
+    assert record.cusparselt.algorithm != Algorithm(1)
+    assert record.cusparselt.microseconds > 0
+
+
+@pytest.mark.parametrize("rows", [1, 64, 1024])
+def test_every_product_of_a_chain_reads_its_weight(rows):
+    """None is moved out of the loop or merged with another: it would take no time."""
+    weight = random_24(jax.random.key(0), *SHAPE, "float16")
+    copies = chain_rotation(weight.nbytes, rows, SHAPE)
+    x = random_x(rows, SHAPE[1])
+    chain = Chain(_dense, [x], [weight + 0 for _ in range(copies)], microseconds=5.0)
+    assert _as_fast_as_memory(chain.microseconds(), weight.nbytes)
+    assert_product(chain._call(*chain._arguments)[-1], x, weight)
