@@ -1,5 +1,6 @@
 """The product with a 2:4 weight, chosen by platform when a computation is lowered."""
 
+import dataclasses
 import functools
 import logging
 import math
@@ -14,6 +15,8 @@ from . import _ffi, _ffi_cuda, _ffi_cusparselt
 from ._ffi_cusparselt import Algorithm
 from .blob import Blob24, LibraryBlob24, blob24_readers, blob_bytes, compressed24_of
 from .compress import Compressed24, decompress24
+from .machine import Machine, this_machine
+from .table import Record, TableChoice, TuningTable, Way, resolve_table, table_choice
 
 Backend = Literal["reference", "cpu", "decode", "cusparselt"]
 BACKENDS = ("reference", "cpu", "decode", "cusparselt")
@@ -42,11 +45,13 @@ def sparse_matmul(
     built, one line is logged and plain JAX is used. bfloat16 uses AMX where there is AMX, except
     for an `x` that holds Inf or NaN: that one takes several times as long with many rows.
 
-    On NVIDIA GPUs a weight in its device form is multiplied by our decode kernel for up to 16 rows,
-    and for more by cuSPARSELt, where that library is installed and reads the form (see
-    `library_blob_agrees`). Where it is not, and for a weight left as `Compressed24`, plain JAX
-    unpacks the weight at every call; one line is logged. A weight that the library compressed
-    (`LibraryBlob24`) is multiplied by it alone, with any number of rows.
+    On NVIDIA GPUs a weight in its device form is multiplied in the way that was measured to be the
+    fastest for this GPU, shape and number of rows (`esparse tune`; see `use_table`). Where nothing
+    was measured, up to 16 rows are multiplied by our decode kernel, and more by cuSPARSELt's own
+    choice of algorithm, where that library is installed and reads the form (`library_blob_agrees`).
+    Where it is not, and for a weight left as `Compressed24`, plain JAX unpacks the weight at every
+    call; one line is logged. A weight that the library compressed (`LibraryBlob24`) is multiplied
+    by it alone, with any number of rows.
 
     Differentiable in `x` and in the kept values (not in a blob, which is bytes), through the dense
     weight: its transpose is not 2:4 along the axis that is summed there, so the backward pass is a
@@ -56,10 +61,12 @@ def sparse_matmul(
         x: Activations in the order of channels the weight was compressed in, in its dtype.
         compressed: From `compress24`, or its device form from `device_blob24` or `blob24`.
         backend: None chooses as above. "reference", "cpu", "decode" or "cusparselt" takes that one,
-            or raises; a computation with "cpu", "decode" (NVIDIA GPUs, a blob, 1 to 16 rows) or
-            "cusparselt" (NVIDIA GPUs, a device form) cannot be lowered for another platform.
+            whatever was measured, or raises; a computation with "cpu", "decode" (NVIDIA GPUs, a
+            blob, 1 to 16 rows) or "cusparselt" (NVIDIA GPUs, a device form) cannot be lowered for
+            another platform.
         algorithm: Which of cuSPARSELt's algorithms is to be used, where it multiplies. None is the
-            library's own choice.
+            one that was measured to be the best, and with backend="cusparselt" the library's own
+            choice.
         prefetch: For a blob that was complete before the computation began: an argument of the
             `jit`, neither computed, sliced nor copied inside it. The decode kernel may then read it
             before the kernel before has ended (see `fused_matmul`).
@@ -69,7 +76,8 @@ def sparse_matmul(
 
     Raises:
         ValueError: `x` has another number of channels than the weight, or an unknown backend, or
-            an algorithm for a backend that has none.
+            an algorithm for a backend that has none, or a table in use (`use_table`) that is for
+            another GPU.
         TypeError: `x` and the weight have different dtypes, or the backend reads another form of
             the weight.
         RuntimeError: backend="cpu" without the extension, "decode" without its CUDA part,
@@ -97,6 +105,7 @@ def sparse_matmul(
                 backend,
                 algorithm,
                 prefetch,
+                table_choice() if backend is None else None,
             ),
         )
         return y.reshape(*batch, compressed.shape[0])
@@ -209,6 +218,7 @@ class _Choice(NamedTuple):
     backend: Backend | None
     algorithm: Algorithm | None
     prefetch: bool
+    table: TableChoice  # None where the backend is given
 
 
 def _require_matching_blob(x: Array, blob: Blob24 | LibraryBlob24, backend: Backend | None) -> None:
@@ -265,17 +275,28 @@ _blob_matmul.defvjp(_blob_matmul_forward, _blob_matmul_backward)
 @functools.cache
 def _batchable_blob(choice: _Choice):
     """The product from a device form, with vmap taken care of as in `_batchable`."""
-    shape, dtype, made_by, backend, algorithm, prefetch = choice
+    shape, dtype, made_by, backend, algorithm, prefetch, _ = choice
 
     def unpacked(x, data):
         compressed = compressed24_of(Blob24(data, shape, dtype))
         other = _batchable(None if backend == "decode" else backend)
         return other(x, compressed.values, compressed.indices)
 
-    def decode(x, data):
-        return _ffi_cuda.decode(x, data, out=shape[0], prefetch=prefetch)[0]
+    def decode(x, data, plan=None, **default):
+        """By the decode kernel on CUDA, and where it is lowered for another, by the default."""
 
-    def library(x, data, readers, **default):
+        def call(x, data):
+            if backend == "decode":  # which refuses more than 16 rows
+                return _ffi_cuda.decode(x, data, out=shape[0], prefetch=prefetch)[0]
+            # A plan is measured for a product that starts when the kernel before has ended; the
+            # kernel's own rule is for one that fetches its weight before that.
+            return _ffi_cuda.decode_in_pieces(
+                x, data, out=shape[0], prefetch=prefetch, plan=None if prefetch else plan
+            )
+
+        return jax.lax.platform_dependent(x, data, cuda=call, **default)
+
+    def library(x, data, readers, algorithm, **default):
         """By cuSPARSELt on its platform, and where it is lowered for another, by the default."""
 
         def call(x, data):
@@ -287,22 +308,32 @@ def _batchable_blob(choice: _Choice):
         platform = "cuda" if opened is None else opened.platform
         return jax.lax.platform_dependent(x, data, **{platform: call}, **default)
 
+    def fastest(x, data):
+        """In the first of the ways that this machine has."""
+        for way in _ways(choice, x.shape[0]):
+            if way.kind == "decode":
+                return decode(x, data, way.plan, default=unpacked)
+            readers = blob24_readers() if _ffi_cusparselt.library() else ()
+            if readers:
+                taken = algorithm or _fitting(choice, way.algorithm, x.shape[0], readers)
+                return library(x, data, readers, taken, default=unpacked)
+        _log_unpacked(x.shape[0])
+        return unpacked(x, data)
+
     @jax.custom_batching.custom_vmap
     def product(x, data):
         rows = x.shape[0]
         if made_by is not None:
-            return library(x, data, (_ffi_cusparselt.reader(*made_by),))
+            readers = (_ffi_cusparselt.reader(*made_by),)
+            record = _measured(choice, rows)
+            best = record.cusparselt.algorithm if record and record.cusparselt else None
+            return library(x, data, readers, algorithm or _fitting(choice, best, rows, readers))
         if backend == "decode":
-            return jax.lax.platform_dependent(x, data, cuda=decode)
+            return decode(x, data)
         if backend == "cusparselt":
-            return library(x, data, _require_readers())
-        if backend is None and _decode_takes(rows):
-            return jax.lax.platform_dependent(x, data, cuda=decode, default=unpacked)
+            return library(x, data, _require_readers(), algorithm)
         if backend is None and rows > 0:
-            readers = blob24_readers() if _ffi_cusparselt.library() else ()
-            if readers:
-                return library(x, data, readers, default=unpacked)
-            _log_unpacked(rows)
+            return fastest(x, data)
         return unpacked(x, data)
 
     @product.def_vmap
@@ -318,6 +349,80 @@ def _batchable_blob(choice: _Choice):
         return jax.lax.map(one, jnp.arange(axis_size)), True
 
     return product
+
+
+def _measured(choice: _Choice, rows: int) -> Record | None:
+    """What the tuning table says of a product."""
+    if choice.table is None or rows == 0:
+        return None
+    table = resolve_table(choice.table)
+    return None if table is None else table.find(choice.shape, choice.dtype, rows)
+
+
+def _ways(choice: _Choice, rows: int) -> list[Way]:
+    """How a `Blob24` may be multiplied: what was measured, the fastest first, then the usual.
+
+    Up to 16 rows only a record says something that the decode kernel took part in. For more, the
+    kernel is called for every 16 of them, but only where that was measured, and an algorithm that
+    is asked for decides for the library.
+    """
+    record, few = _measured(choice, rows), rows <= _ffi_cuda.MAX_ROWS
+    if record is not None and few and record.rows > _ffi_cuda.MAX_ROWS:
+        record = None
+    ways = [] if record is None else record.ways()
+    if few:
+        ways.append(Way("decode", math.inf))
+    ways.append(Way("cusparselt", math.inf))
+    pieces = record is not None and rows <= record.rows and choice.algorithm is None
+    kernel = _ffi_cuda.decode_available() and (few or pieces)
+    return [way for way in ways if way.kind == "cusparselt" or kernel]
+
+
+def _fitting(
+    choice: _Choice, algorithm: Algorithm | None, rows: int, readers: tuple[int, ...]
+) -> Algorithm | None:
+    """A measured algorithm as these rows need it; None, the library's own choice, where it is not
+    for this library, or the library refuses it for them.
+    """
+    if algorithm is None:
+        return None
+    machine = this_machine()
+    if machine is None:  # it is lowered for elsewhere, by a table that was given
+        reader = choice.table.machine.reader if isinstance(choice.table, TuningTable) else None
+        workspace = max(algorithm.workspace_bytes or 0, _ffi_cusparselt.WORKSPACE_UNKNOWN)
+        given = dataclasses.replace(algorithm, workspace_bytes=workspace)
+        return given if reader in readers else None
+    if machine.reader not in readers:
+        return None
+    return _with_workspace(
+        machine,
+        choice.shape,
+        choice.dtype.name,
+        rows,
+        dataclasses.replace(algorithm, workspace_bytes=None),
+    )
+
+
+@functools.cache
+def _with_workspace(
+    machine: Machine, shape: tuple[int, int], dtype: str, rows: int, algorithm: Algorithm
+) -> Algorithm | None:
+    del machine  # part of the key
+    try:
+        facts = _ffi_cusparselt.describe_plan(
+            rows=rows, out=shape[0], channels=shape[1], dtype=np.dtype(dtype), algorithm=algorithm
+        )
+    except RuntimeError as error:
+        _LOGGER.warning(
+            "%s is the best that was measured for %dx%d, but cuSPARSELt refuses it for %d rows and "
+            "chooses itself: %s",
+            algorithm,
+            *shape,
+            rows,
+            error,
+        )
+        return None
+    return dataclasses.replace(algorithm, workspace_bytes=facts.workspace_bytes)
 
 
 def decode_fits(rows: int) -> bool:

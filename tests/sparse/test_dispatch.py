@@ -1,0 +1,361 @@
+"""Which product `sparse_matmul` takes, by what was measured: read off what is lowered for CUDA."""
+
+import functools
+import logging
+import re
+
+import jax
+import pytest
+from fake_cusparselt import assert_product, random_x, weight24
+from jax import export
+
+from esparse_jax.sparse import (
+    Algorithm,
+    Machine,
+    Record,
+    TuningTable,
+    _ffi,
+    _ffi_cuda,
+    _ffi_cusparselt,
+    blob24,
+    compress24,
+    device_blob24,
+    sparse_matmul,
+    use_table,
+)
+from esparse_jax.sparse import matmul as matmul_file
+from esparse_jax.sparse import table as table_file
+from esparse_jax.sparse.table import DecodeTime, LibraryTime
+
+MATMUL, DECODE = "esparse_cusparselt_matmul_cuda_v1", "esparse_decode24_cuda_v2"
+H200 = Machine("NVIDIA H200", "9.0", "0.8.0")
+SHAPE = (64, 128)
+PLAN = {"tiles": 3, "warps": 4, "blocks": 2}
+PLAN_TEXT = "plan = dense<[3, 4, 2, 0, 0, 0]>"
+RULE_TEXT = "plan = dense<0>"
+
+pytestmark = pytest.mark.skipif(
+    not _ffi.cpu_product_available(), reason="the extension is not built (BUILD.md)"
+)
+needs_kernel = pytest.mark.skipif(
+    not _ffi_cuda.decode_available(), reason="the extension was built without its CUDA part"
+)
+
+
+@pytest.fixture(autouse=True)
+def traced_anew():
+    """What was traced with another machine or table is forgotten."""
+    table_file.stored_table.cache_clear()
+    matmul_file._with_workspace.cache_clear()
+    jax.clear_caches()
+    yield
+    table_file.stored_table.cache_clear()
+    matmul_file._with_workspace.cache_clear()
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    """A machine where the library could be opened, and which has no GPU."""
+    library = _ffi_cusparselt.Library(800, "libcusparseLt.so.0")
+    monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: library)
+    monkeypatch.setattr(_ffi_cusparselt, "device", lambda: None)
+
+
+def record(rows, *, decode=None, plan=None, library=None, id=5, split_k=None, workspace=0):
+    algorithm = Algorithm(id, split_k, workspace_bytes=workspace)
+    return Record(
+        *SHAPE,
+        "float16",
+        rows,
+        None,
+        None if decode is None else DecodeTime(decode, plan),
+        None if library is None else LibraryTime(library, algorithm),
+    )
+
+
+def table(*records, machine=H200) -> TuningTable:
+    return TuningTable(machine, "0.11.2", records)
+
+
+@functools.cache
+def weight():
+    return blob24(compress24(weight24(SHAPE, "float16")))
+
+
+def lowered(rows, tuned, shape=SHAPE, **options) -> str:
+    blob = weight() if shape == SHAPE else blob24(compress24(weight24(shape, "float16")))
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in (MATMUL, DECODE)]
+    jitted = jax.jit(functools.partial(sparse_matmul, **options))
+    exported = export.export(jitted, platforms=["cuda"], disabled_checks=checks)
+    with use_table(tuned):
+        return exported(random_x(rows, shape[1]), blob).mlir_module()
+
+
+def algorithm_of(text: str) -> int:
+    """Of the only product, which is the library's."""
+    assert text.count(f"@{MATMUL}") == 1
+    assert DECODE not in text
+    return int(re.search(r"\balgorithm = (-?\d+) : i32", text).group(1))
+
+
+def is_decode(text: str) -> bool:
+    return f"@{DECODE}" in text and MATMUL not in text and "dot_general" not in text
+
+
+# ---- the table decides
+
+
+@needs_kernel
+def test_the_fastest_way_is_taken():
+    tuned = table(
+        record(1, decode=5.0, library=9.0),
+        record(8, decode=9.0, library=5.0, id=7, split_k=-1),
+        record(16, decode=5.0, plan=PLAN, library=9.0),
+    )
+    text = lowered(1, tuned)
+    assert is_decode(text)
+    assert RULE_TEXT in text
+    for rows in (2, 8):
+        text = lowered(rows, tuned)
+        assert algorithm_of(text) == 7
+        assert "split_k = -1 : i32" in text
+    text = lowered(9, tuned)
+    assert is_decode(text)
+    assert PLAN_TEXT in text
+
+
+@needs_kernel
+def test_without_a_record_the_rows_decide():
+    for tuned in (None, table(), table(record(16, library=1.0), record(64, library=1.0))):
+        other = (128, 64)
+        assert is_decode(lowered(16, tuned, shape=other))
+        assert algorithm_of(lowered(17, tuned, shape=other)) == -1
+    tuned = TuningTable(H200, "1", (Record(*SHAPE, "bfloat16", 64, 1.0),))
+    assert algorithm_of(lowered(64, tuned)) == -1
+
+
+def test_the_record_of_the_next_number_of_rows_is_taken_else_that_of_the_largest():
+    tuned = table(
+        record(32, library=9.0, id=1), record(64, library=9.0, id=2), record(256, library=9.0, id=3)
+    )
+    found = {rows: algorithm_of(lowered(rows, tuned)) for rows in (17, 32, 33, 64, 65, 256, 1000)}
+    assert found == {17: 1, 32: 1, 33: 2, 64: 2, 65: 3, 256: 3, 1000: 3}
+
+
+@needs_kernel
+def test_few_rows_are_not_decided_by_records_of_many():
+    """There the decode kernel was not in the race."""
+    tuned = table(record(64, library=5.0))
+    assert is_decode(lowered(16, tuned))
+    assert algorithm_of(lowered(17, tuned)) == 5
+
+
+@needs_kernel
+def test_more_than_sixteen_rows_are_decoded_only_where_that_was_measured():
+    tuned = table(record(16, decode=5.0), record(32, decode=6.0, library=9.0))
+    text = lowered(20, tuned)
+    assert text.count(f"@{DECODE}") == 2
+    assert MATMUL not in text
+    assert "tensor<16x128xf16>" in text
+    assert "tensor<4x128xf16>" in text
+    assert algorithm_of(lowered(33, tuned)) == 5  # beyond what was measured
+    slower = table(record(16, decode=5.0), record(32, decode=9.0, library=6.0))
+    assert algorithm_of(lowered(20, slower)) == 5
+    assert algorithm_of(lowered(20, table(record(16, decode=5.0)))) == -1
+
+
+@needs_kernel
+def test_vmap_asks_with_all_its_rows():
+    tuned = table(record(8, decode=5.0), record(64, decode=None, library=5.0, id=6))
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in (MATMUL, DECODE)]
+    function = jax.jit(jax.vmap(lambda x: sparse_matmul(x, weight())))
+    exported = export.export(function, platforms=["cuda"], disabled_checks=checks)
+    with use_table(tuned):
+        text = exported(random_x(5, 8, 128)).mlir_module()
+    assert algorithm_of(text) == 6
+
+
+def test_without_the_kernel_the_library_is_taken(monkeypatch):
+    monkeypatch.setattr(_ffi_cuda, "decode_available", lambda: False)
+    tuned = table(record(16, decode=5.0, library=9.0, id=4))
+    assert algorithm_of(lowered(16, tuned)) == 4
+    assert algorithm_of(lowered(16, None)) == -1
+
+
+@needs_kernel
+def test_without_the_library_the_kernel_is_taken(monkeypatch, caplog):
+    monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: "it is not installed.")
+    tuned = table(record(16, decode=9.0, library=5.0), record(64, library=5.0))
+    assert is_decode(lowered(16, tuned))
+    assert "dot_general" in lowered(64, tuned)
+
+
+# ---- and is overruled
+
+
+@needs_kernel
+def test_a_backend_is_taken_whatever_was_measured():
+    tuned = table(record(16, decode=5.0, plan=PLAN, library=9.0, id=7))
+    assert algorithm_of(lowered(16, tuned, backend="cusparselt")) == -1
+    forced = Algorithm(2, workspace_bytes=0)
+    assert algorithm_of(lowered(16, tuned, backend="cusparselt", algorithm=forced)) == 2
+    text = lowered(16, table(record(16, decode=9.0, plan=PLAN, library=5.0)), backend="decode")
+    assert is_decode(text)
+    assert RULE_TEXT in text
+    assert "dot_general" in lowered(16, tuned, backend="reference")
+
+
+@needs_kernel
+def test_an_algorithm_is_taken_where_the_library_multiplies():
+    forced = Algorithm(2, workspace_bytes=0)
+    library_wins = table(record(16, decode=9.0, library=5.0), record(32, decode=5.0, library=9.0))
+    assert algorithm_of(lowered(16, library_wins, algorithm=forced)) == 2
+    assert algorithm_of(lowered(20, library_wins, algorithm=forced)) == 2  # not the kernel twice
+    assert is_decode(lowered(16, table(record(16, decode=5.0, library=9.0)), algorithm=forced))
+
+
+@needs_kernel
+def test_a_plan_is_not_for_a_kernel_that_starts_early():
+    tuned = table(record(16, decode=5.0, plan=PLAN))
+    assert PLAN_TEXT in lowered(16, tuned)
+    assert RULE_TEXT in lowered(16, tuned, prefetch=True)
+
+
+# ---- where there is no GPU to ask
+
+
+def test_a_given_table_is_taken_where_no_gpu_is():
+    """Its workspace is that of another number of rows, so what is unknown is set aside."""
+    text = lowered(20, table(record(32, library=5.0, workspace=100)))
+    assert algorithm_of(text) == 5
+    assert f"tensor<{8 << 20}xui8>" in text
+    text = lowered(20, table(record(32, library=5.0, workspace=16 << 20)))
+    assert f"tensor<{16 << 20}xui8>" in text
+
+
+def test_algorithms_of_a_library_that_may_not_read_the_weight_are_not_taken():
+    """What is lowered here may run on 0.8.0 on sm_90, where the layout is known."""
+    for other in ({"cusparselt": "0.8.1"}, {"capability": "8.0"}, {"cusparselt": None}):
+        tuned = table(record(64, library=5.0), machine=H200._replace(**other))
+        assert algorithm_of(lowered(64, tuned)) == -1
+
+
+def test_no_gpu_no_table(monkeypatch):
+    @functools.cache
+    def read(machine):
+        raise AssertionError("there is no machine to read a table for")
+
+    monkeypatch.setattr(table_file, "stored_table", read)
+    checks = [export.DisabledSafetyCheck.custom_call(MATMUL)]
+    exported = export.export(jax.jit(sparse_matmul), platforms=["cuda"], disabled_checks=checks)
+    assert algorithm_of(exported(random_x(64, 128), weight()).mlir_module()) == -1
+
+
+# ---- where there is one
+
+
+@pytest.fixture
+def h200(monkeypatch, tmp_path):
+    """As on an H200 whose library answers; what it was asked."""
+    asked = []
+
+    def describe(*, rows, out, channels, dtype, algorithm):
+        asked.append((rows, out, channels, dtype.name, algorithm))
+        if algorithm.id == 9:
+            raise RuntimeError("operation not supported")
+        return _ffi_cusparselt.PlanFacts(10, algorithm, 0, 1000 + rows)
+
+    for module in (table_file, matmul_file):
+        monkeypatch.setattr(module, "this_machine", lambda: H200)
+    monkeypatch.setattr(matmul_file, "blob24_readers", lambda: (800090,))
+    monkeypatch.setattr(_ffi_cusparselt, "describe_plan", describe)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return asked
+
+
+def lowered_here(rows, **options) -> str:
+    """With the table of the machine."""
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in (MATMUL, DECODE)]
+    jitted = jax.jit(functools.partial(sparse_matmul, **options))
+    exported = export.export(jitted, platforms=["cuda"], disabled_checks=checks)
+    return exported(random_x(rows, SHAPE[1]), weight()).mlir_module()
+
+
+@needs_kernel
+def test_the_machines_own_table_is_asked(h200):
+    table_file.save_table(
+        table(record(16, decode=5.0, plan=PLAN), record(64, library=5.0, workspace=7))
+    )
+    assert PLAN_TEXT in lowered_here(16)
+    text = lowered_here(60)
+    assert algorithm_of(text) == 5
+    assert "tensor<1060xui8>" in text  # as the library says for these rows
+    assert h200 == [(60, *SHAPE, "float16", Algorithm(5))]
+    with use_table(None):
+        assert algorithm_of(lowered_here(60)) == -1
+
+
+def test_another_table_is_traced_anew(h200):
+    """Though what is traced inside is remembered by JAX."""
+    for id in (1, 2):
+        tuned = table(record(64, library=5.0, id=id))
+        for _ in range(2):
+            with use_table(tuned):
+                assert algorithm_of(lowered_here(64)) == id
+    assert len(h200) == 2
+    with use_table(None):
+        assert algorithm_of(lowered_here(64)) == -1
+
+
+def test_an_algorithm_that_the_library_refuses_is_left_to_it(h200, caplog):
+    table_file.save_table(table(record(64, library=5.0, id=9)))
+    with caplog.at_level(logging.WARNING):
+        assert algorithm_of(lowered_here(64)) == -1
+        jax.clear_caches()
+        assert algorithm_of(lowered_here(64)) == -1
+    (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("esparse_jax")]
+    assert "is the best that was measured for 64x128, but cuSPARSELt refuses it for 64" in line
+
+
+def test_a_table_for_another_gpu_is_an_error(h200):
+    other = table(record(64, library=5.0), machine=H200._replace(device="NVIDIA H100"))
+    with (
+        pytest.raises(ValueError, match=r"is for NVIDIA H100 .*; here is NVIDIA H200"),
+        use_table(other),
+    ):
+        lowered_here(64)
+    with use_table(other):
+        assert algorithm_of(lowered_here(64, backend="cusparselt")) == -1  # it is not asked
+
+
+# ---- through the stand-in of the library, which computes
+
+
+def test_the_stand_in_runs_the_algorithm_of_the_table(fake, monkeypatch):
+    monkeypatch.setattr(_ffi_cusparselt, "device", lambda: jax.devices("cpu")[0])
+    machine = Machine(jax.devices("cpu")[0].device_kind, "9.0", "0.8.0")
+    dense, x = weight24(SHAPE, "float16"), random_x(20, 128)
+    blob = blob24(compress24(dense))
+    for id in (3, 6):
+        with use_table(table(record(32, library=5.0, id=id), machine=machine)):
+            assert_product(sparse_matmul(x, blob), x, dense)
+        assert fake.last("algorithm") == id
+    with use_table(None):
+        sparse_matmul(x, blob).block_until_ready()
+    assert fake.last("algorithm") == 2  # its own choice
+
+
+def test_a_weight_of_the_librarys_own_form_has_its_algorithm(fake, monkeypatch):
+    monkeypatch.setattr(_ffi_cusparselt, "device", lambda: jax.devices("cpu")[0])
+    machine = Machine(jax.devices("cpu")[0].device_kind, "9.0", "0.8.0")
+    dense = weight24((80, 48), "float16")
+    blob, x = device_blob24(compress24(dense)), random_x(4, 48)
+    measured = Record(80, 48, "float16", 8, None, None, LibraryTime(5.0, Algorithm(6)))
+    with use_table(TuningTable(machine, "1", (measured,))):
+        assert_product(sparse_matmul(x, blob), x, dense)
+        assert fake.last("algorithm") == 6
+        sparse_matmul(x, blob, algorithm=Algorithm(1)).block_until_ready()
+        assert fake.last("algorithm") == 1
+        sparse_matmul(x, blob, backend="cusparselt").block_until_ready()
+        assert fake.last("algorithm") == 2
