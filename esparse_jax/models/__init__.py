@@ -2,12 +2,15 @@
 
 from esparse_jax.models.cache import KVCache, LayerCache, init_cache
 from esparse_jax.models.llama import LlamaConfig, LlamaForCausalLM, RopeConfig
+from esparse_jax.models.shapes import PUBLISHED_SHAPES, product_shapes
 
 __all__ = [
+    "PUBLISHED_SHAPES",
     "KVCache",
     "LayerCache",
     "LlamaConfig",
     "LlamaForCausalLM",
     "RopeConfig",
     "init_cache",
+    "product_shapes",
 ]

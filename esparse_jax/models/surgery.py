@@ -5,7 +5,8 @@ A path is the checkpoint's name without `.weight`: `model.layers.0.self_attn.q_p
 was and share its arrays with it (`set_linear` alone works in place).
 """
 
-from collections.abc import Collection, Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from esparse_jax.pruning.error import GramMatrix, init_gram
 from esparse_jax.pruning.mask import NMPattern
 from esparse_jax.pruning.stats import ChannelRange, ChannelStats
 from esparse_jax.sparse.compress import compress24
+from esparse_jax.sparse.table import FormChoice, TuningTable, choose_form
+
+_LOGGER = logging.getLogger(__name__)
 
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
@@ -210,12 +214,47 @@ def require_compressible(pattern: NMPattern) -> None:
         )
 
 
+def choose_forms(
+    model: nnx.Module,
+    paths: Iterable[str],
+    *,
+    rows: tuple[int, int],
+    table: TuningTable | None = None,
+) -> dict[str, FormChoice]:
+    """Whether each of the layers is faster 2:4 or dense on this machine's GPU, and by how much.
+
+    What `sparsify_model` does with the same `rows`, to look at before. A layer is judged as a
+    product of its own, by the times of its shape and dtype: the geometric means over the measured
+    numbers of rows that serve the range (`choose_form`). One that was not measured is sparse.
+
+    Args:
+        model: A pruned model.
+        paths: Of its layers.
+        rows: The smallest and the largest number of tokens that are multiplied at once, such as
+            (1, 16) for decoding up to 16 sequences.
+        table: None is the one in use here, see `use_table`.
+
+    Raises:
+        KeyError: A path at which the model has no linear layer.
+    """
+    forms = {}
+    for path in paths:
+        linear = get_linear(model, path)
+        plain = linear.linear if isinstance(linear, MaskedLinear | ObservedLinear) else linear
+        dtype = plain.dtype or weight_of(linear).dtype
+        shape = (plain.out_features, plain.in_features)
+        forms[path] = choose_form(shape, dtype, rows, table)
+    return forms
+
+
 def sparsify_model(
     model: ModuleT,
     permutations: Mapping[str, Int[Array, " channel"] | Int[np.ndarray, " channel"] | None],
     *,
     pattern: NMPattern = TWO_OF_FOUR,
     skip: Collection[str] = (),
+    rows: tuple[int, int] | None = None,
+    table: TuningTable | None = None,
 ) -> ModuleT:
     """A new model whose pruned layers hold compressed weights; the given one stays dense.
 
@@ -229,22 +268,32 @@ def sparsify_model(
             for the natural order.
         pattern: What the model was pruned to; 2:4 and 1:4 have a compressed form.
         skip: Layers to leave dense, see `matches_path`.
+        rows: The smallest and the largest number of tokens that the model will multiply at once.
+            Where given, layers that were measured to be faster dense over that range stay dense, as
+            they are; one line is logged for each kind of them. `choose_forms` says which, and with
+            what times. None compresses all.
+        table: What was measured; None is the table in use here, see `use_table`.
 
     Raises:
         ValueError: Another pattern, or layers whose weights do not follow it in the order given;
-            all of them are named.
+            all of them are named. Or `rows` is no range.
         KeyError: A path at which the model has no linear layer.
 
     Source: E-Sparse, section 4.
     """
     require_compressible(pattern)
-    replacements, wrong = {}, []
-    for path, permutation in permutations.items():
-        if matches_path(path, skip):
-            continue
-        linear = get_linear(model, path)
-        if isinstance(linear, SparseLinear):
+    meant = [path for path in permutations if not matches_path(path, skip)]
+    for path in meant:
+        if isinstance(get_linear(model, path), SparseLinear):
             raise TypeError(f"{path} is compressed already; start from the dense pruned model.")
+    if rows is not None:
+        forms = choose_forms(model, meant, rows=rows, table=table)
+        _log_dense({path: choice for path, choice in forms.items() if choice.form == "dense"})
+        meant = [path for path in meant if forms[path].form == "sparse"]
+    replacements, wrong = {}, []
+    for path in meant:
+        permutation = permutations[path]
+        linear = get_linear(model, path)
         weight = weight_of(linear)
         if permutation is not None:
             permutation = np.asarray(permutation)
@@ -270,6 +319,14 @@ def sparsify_model(
             + "\n".join(wrong)
         )
     return replace_linears(model, replacements)
+
+
+def _log_dense(forms: Mapping[str, FormChoice]) -> None:
+    """One line for all layers that stay dense for the same reason."""
+    for reason in dict.fromkeys(choice.reason for choice in forms.values()):
+        paths = [path for path, choice in forms.items() if choice.reason == reason]
+        others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        _LOGGER.warning("%s%s stay%s dense: %s.", paths[0], others, "" if others else "s", reason)
 
 
 def _parent(module: nnx.Module, path: str) -> tuple[Any, Any]:

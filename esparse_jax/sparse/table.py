@@ -543,7 +543,7 @@ def choose_form(
     name = f"{shape[0]}x{shape[1]} {np.dtype(dtype).name}"
     if missing:
         listed = ", ".join(map(str, missing))
-        return FormChoice("sparse", f"{name} was not measured for {listed} rows (esparse tune)")
+        return FormChoice("sparse", f"{name} was not measured at rows {listed} (esparse tune)")
     sparse, dense = (
         statistics.geometric_mean([getattr(record, form) for record in found.values()])
         for form in ("sparse", "dense")

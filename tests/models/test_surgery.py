@@ -1,5 +1,6 @@
 """Linears are found, watched, replaced and compressed by their checkpoint path."""
 
+import logging
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from esparse_jax.models.layers import MaskedLinear, ObservedLinear, SparseLinear
 from esparse_jax.models.llama import LAYERS_PATH, PRUNED_GROUPS
 from esparse_jax.models.surgery import (
+    choose_forms,
     clone_model,
     get_linear,
     iter_linears,
@@ -29,6 +31,8 @@ from esparse_jax.models.surgery import (
 )
 from esparse_jax.pruning.mask import NMPattern
 from esparse_jax.pruning.stats import init_range
+from esparse_jax.sparse.machine import Machine
+from esparse_jax.sparse.table import DecodeTime, Record, TuningTable, use_table
 
 FIELDS = llama_cases.CASES["gqa"]
 PRUNED = sorted(path for group in PRUNED_GROUPS for path in group)
@@ -211,6 +215,65 @@ def test_skipped_layers_stay_dense(model):
         "model.layers.0.mlp.down_proj",
         *(f"model.layers.1.{path}" for path in PRUNED),
     ]
+
+
+def tuning_table(**times):
+    """Times for 1 and 8 rows, `(sparse, dense)` by the last part of a path."""
+    shapes = {"q_proj": (64, 64), "k_proj": (32, 64), "gate_proj": (96, 64), "down_proj": (64, 96)}
+    records = [
+        Record(*shapes[name], "float32", rows, dense, DecodeTime(sparse))
+        for name, (sparse, dense) in times.items()
+        for rows in (1, 8)
+    ]
+    return TuningTable(Machine("Abacus 9", "9.0", None), "0.11.2", tuple(records))
+
+
+def test_layers_that_are_faster_dense_stay_so(model, caplog):
+    pruned, permutations = pruned_model(model, NMPattern(2, 4), shuffled=True)
+    keep = weight_of(get_linear(pruned, "model.layers.0.mlp.down_proj")) != 0
+    masked = MaskedLinear(get_linear(model, "model.layers.0.mlp.down_proj"), keep)
+    pruned = replace_linears(pruned, {"model.layers.0.mlp.down_proj": masked})
+    table = tuning_table(k_proj=(3.0, 2.0), down_proj=(4.0, 3.0), gate_proj=(1.0, 2.0))
+    with caplog.at_level(logging.WARNING):
+        sparse = sparsify_model(pruned, permutations, rows=(1, 8), table=table)
+    kinds = {path.split(".", 3)[-1]: type(linear) for path, linear in iter_linears(sparse)}
+    # k_proj and v_proj have one shape, as have q_proj and o_proj, which were not measured.
+    dense = {path for path, kind in kinds.items() if kind is not SparseLinear}
+    assert dense == {"lm_head", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"}
+    assert get_linear(sparse, "model.layers.0.mlp.down_proj").mask is not None
+    assert [record.getMessage() for record in caplog.records] == [
+        "model.layers.0.mlp.down_proj and 1 more stay dense: 64x96 float32 takes 4.0 us 2:4 and "
+        "3.0 us dense for 1 to 8 rows.",
+        "model.layers.0.self_attn.k_proj and 3 more stay dense: 32x64 float32 takes 3.0 us 2:4 and "
+        "2.0 us dense for 1 to 8 rows.",
+    ]
+    ids = llama_cases.tokens("gqa", 12)
+    _, error = llama_cases.torch_logits("gqa", 12)
+    expected = llama_cases.run(pruned, ids)
+    llama_cases.assert_rounding_only(llama_cases.run(sparse, ids), expected, error)
+
+
+def test_the_forms_can_be_looked_at_before(model, caplog):
+    pruned, permutations = pruned_model(model, NMPattern(2, 4), shuffled=False)
+    table = tuning_table(down_proj=(4.0, 3.0))
+    forms = choose_forms(pruned, permutations, rows=(1, 1), table=table)
+    assert list(forms) == list(permutations)
+    down = forms["model.layers.1.mlp.down_proj"]
+    assert (down.form, down.sparse, down.dense) == ("dense", pytest.approx(4), pytest.approx(3))
+    assert forms["model.layers.1.mlp.up_proj"].form == "sparse"
+    assert "was not measured at rows 1" in forms["model.layers.1.mlp.up_proj"].reason
+    with use_table(table):
+        assert choose_forms(pruned, permutations, rows=(1, 1)) == forms
+        with caplog.at_level(logging.WARNING):
+            everything = sparsify_model(pruned, permutations)  # nobody asked for a choice
+            skipped = sparsify_model(pruned, permutations, rows=(1, 1), skip=("down_proj",))
+    assert caplog.records == []
+    assert isinstance(get_linear(everything, "model.layers.1.mlp.down_proj"), SparseLinear)
+    assert isinstance(get_linear(skipped, "model.layers.1.mlp.down_proj"), nnx.Linear)
+    with pytest.raises(ValueError, match=r"smallest and the largest number .*got \(8, 1\)"):
+        sparsify_model(pruned, permutations, rows=(8, 1), table=table)
+    with pytest.raises(KeyError, match="no linear layer at 'mlp'"):
+        choose_forms(pruned, ["mlp"], rows=(1, 1), table=table)
 
 
 def test_names_match_whole_words():

@@ -417,9 +417,9 @@ def test_what_was_not_measured_is_sparse():
     ):
         choice = form(rows, *records)
         assert (choice.form, choice.sparse, choice.dense) == ("sparse", None, None)
-        assert "was not measured for" in choice.reason
+        assert "was not measured at rows" in choice.reason
     assert form((16, 16), slow, shape=(64, 64)).reason == (
-        "64x64 float16 was not measured for 16 rows (esparse tune)"
+        "64x64 float16 was not measured at rows 16 (esparse tune)"
     )
     assert form((16, 16), slow, dtype="bfloat16").form == "sparse"
 
