@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress as Bar
 
+from esparse_jax.command.doctor import examine
+from esparse_jax.command.tuning import table_lines, wanted
 from esparse_jax.files import (
     Conversion,
     calibration_windows,
@@ -32,6 +34,17 @@ from esparse_jax.inference import TextStream, TokenRate, generate, perplexity
 from esparse_jax.models.surgery import require_compressible
 from esparse_jax.pipeline import prune_model
 from esparse_jax.pruning import NMPattern, PruneConfig
+from esparse_jax.sparse import (
+    BUCKETS,
+    Limits,
+    Machine,
+    TuningTable,
+    load_table,
+    rows_left,
+    save_table,
+    table_file,
+    tune_shape,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Shuffle = Literal["none", "global", "paper", "strided", "full", "assignment"]
@@ -367,6 +380,95 @@ class Verify:
         return 0 if result.ok else 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Tune:
+    """Measure the fastest 2:4 product for each shape and number of rows on this NVIDIA GPU.
+
+    What is found is kept for this GPU and version of cuSPARSELt, and used from then on. A LLaMA-7B
+    takes some minutes; what is measured already is left out.
+    """
+
+    model: tyro.conf.Positional[Path | None] = None
+    """Checkpoint directory whose products are tuned; only its config.json is read."""
+    shape: tuple[str, ...] = ()
+    """OUTxCHANNEL of further weights, such as 4096x11008."""
+    model_shape: tuple[
+        Literal["table-5", "llama-7b", "llama-13b", "llama-70b", "llama-3-8b"], ...
+    ] = ()
+    """Published models, and table 5 of the E-Sparse paper."""
+    separate: bool = False
+    """Also tune q, k, v, gate and up one by one, not only fused."""
+    dtype: Literal["auto", "float16", "bfloat16"] = "auto"
+    """auto: the model's own, if it has 16 bits, else float16."""
+    rows: tuple[int, ...] = BUCKETS
+    """Numbers of rows (tokens at once), some of the default."""
+    again: bool = False
+    """Also measure what the table has already."""
+    output: Path | None = None
+    """File of the table; if not given, the user's own in ~/.cache/esparse_jax/tuning (or below
+    $XDG_CACHE_HOME), which is used without being named."""
+    seconds: float = Limits().candidate
+    """A candidate that takes longer than this is given up."""
+
+    def run(self, console: Console) -> int:
+        shapes, dtype = wanted(self.model, self.shape, self.model_shape, self.separate, self.dtype)
+        machine: Machine | None = None
+
+        def stored(machine: Machine) -> TuningTable | None:
+            file = self.output or table_file(machine)
+            return load_table(file) if file.exists() else None
+
+        def known(machine: Machine) -> TuningTable | None:
+            return None if self.again else stored(machine)
+
+        for shape in shapes:
+            if machine and not rows_left(known(machine), shape, dtype, self.rows):
+                continue
+            shown, update = bar(f"tuning {shape[0]}x{shape[1]} {dtype}")
+            with shown:
+                try:
+                    found = tune_shape(
+                        shape,
+                        dtype=dtype,
+                        rows=self.rows,
+                        known=known,
+                        limits=Limits(candidate=self.seconds),
+                        progress=lambda step, update=update: update(step.done, step.total),
+                    )
+                except RuntimeError as error:  # no GPU, or none that answers
+                    raise ValueError(str(error)) from error
+            machine = found.machine
+            if found.records:
+                save_table(found, self.output)
+        table = stored(machine)
+        lines = [] if table is None else table_lines(table, shapes, dtype, self.rows)
+        for line in lines:
+            console.print(line, markup=False, highlight=False)
+        written = self.output or table_file(machine)
+        console.print(
+            f"{dtype} on {machine}, microseconds a product; * by a plan of its own. Kept in "
+            f"{written}.",
+            markup=False,
+            highlight=False,
+        )
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Say what this machine can run, and how to mend what is missing; exit status 0 either way."""
+
+    json: Path | None = None
+    """Also write what was found here."""
+
+    def run(self, console: Console) -> int:
+        report = examine()
+        for line in report.lines():
+            console.print(line, markup=False, highlight=False)
+        finish(self.json, report.as_dict())
+        return 0
+
+
 Verb = (
     Annotated[Prune, tyro.conf.subcommand("prune")]
     | Annotated[Compress, tyro.conf.subcommand("compress")]
@@ -374,6 +476,8 @@ Verb = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
 

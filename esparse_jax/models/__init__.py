@@ -2,7 +2,7 @@
 
 from esparse_jax.models.cache import KVCache, LayerCache, init_cache
 from esparse_jax.models.llama import LlamaConfig, LlamaForCausalLM, RopeConfig
-from esparse_jax.models.shapes import PUBLISHED_SHAPES, product_shapes
+from esparse_jax.models.shapes import PUBLISHED_SHAPES, product_shapes, published_shapes
 
 __all__ = [
     "PUBLISHED_SHAPES",
@@ -13,4 +13,5 @@ __all__ = [
     "RopeConfig",
     "init_cache",
     "product_shapes",
+    "published_shapes",
 ]

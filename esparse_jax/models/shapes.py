@@ -46,8 +46,16 @@ def product_shapes(config: LlamaConfig, *, fused: bool = True) -> dict[str, Shap
     )
 
 
-# Products that are timed and tuned by name. Those of the paper's table 5 are a layer of 14,336
-# channels, BLOOM-176B's, cut into eight for as many GPUs.
+# What `decoder_shapes` is made of, from the models' own config.json.
+_SIZES = {
+    "llama-7b": (4096, 11008, 4096, 4096),
+    "llama-13b": (5120, 13824, 5120, 5120),
+    "llama-70b": (8192, 28672, 8192, 1024),
+    "llama-3-8b": (4096, 14336, 4096, 1024),
+}
+
+# Fused products that are timed and tuned by name. Those of the paper's table 5 are a layer of
+# 14,336 channels, BLOOM-176B's, cut into eight for as many GPUs.
 PUBLISHED_SHAPES: dict[str, dict[str, Shape]] = {
     "table-5": {
         "qkv": (5376, 14336),
@@ -55,8 +63,12 @@ PUBLISHED_SHAPES: dict[str, dict[str, Shape]] = {
         "ffn_1": (7168, 14336),
         "ffn_2": (14336, 7168),
     },
-    "llama-7b": decoder_shapes(4096, 11008, 4096, 4096),
-    "llama-13b": decoder_shapes(5120, 13824, 5120, 5120),
-    "llama-70b": decoder_shapes(8192, 28672, 8192, 1024),
-    "llama-3-8b": decoder_shapes(4096, 14336, 4096, 1024),
+    **{name: decoder_shapes(*sizes) for name, sizes in _SIZES.items()},
 }
+
+
+def published_shapes(name: str, *, fused: bool = True) -> dict[str, Shape]:
+    """The products of one of `PUBLISHED_SHAPES`, fused or not; table 5 has them fused only."""
+    if fused or name not in _SIZES:
+        return PUBLISHED_SHAPES[name]
+    return decoder_shapes(*_SIZES[name], fused=False)

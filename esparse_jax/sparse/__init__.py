@@ -20,7 +20,16 @@ from .fused import (
     sparse_mlp,
     sparse_mlp_reference,
 )
-from .machine import Machine, this_machine
+from .machine import (
+    Build,
+    LibraryFacts,
+    Machine,
+    build,
+    gpus,
+    library_facts,
+    records_calls,
+    this_machine,
+)
 from .matmul import sparse_matmul, sparse_matmul_reference
 from .table import (
     BUCKETS,
@@ -35,16 +44,18 @@ from .table import (
     table_file,
     use_table,
 )
-from .tune import Limits, TuneProgress, tune_shape
+from .tune import Limits, TuneProgress, rows_left, tune_shape, why_not_tuned
 
 __all__ = [
     "BUCKETS",
     "Algorithm",
     "Blob24",
+    "Build",
     "ChainWeights",
     "Compressed24",
     "FormChoice",
     "LibraryBlob24",
+    "LibraryFacts",
     "Limits",
     "Machine",
     "Record",
@@ -52,6 +63,7 @@ __all__ = [
     "TuneProgress",
     "TuningTable",
     "blob24",
+    "build",
     "check24",
     "choose_form",
     "compress24",
@@ -60,11 +72,15 @@ __all__ = [
     "device_blob24",
     "fused_matmul",
     "fused_matmul_reference",
+    "gpus",
     "interleave_gate_up",
     "library_blob_agrees",
+    "library_facts",
     "load_cusparselt",
     "load_table",
     "merge_tables",
+    "records_calls",
+    "rows_left",
     "save_table",
     "sparse_chain",
     "sparse_chain_reference",
@@ -77,4 +93,5 @@ __all__ = [
     "this_machine",
     "tune_shape",
     "use_table",
+    "why_not_tuned",
 ]

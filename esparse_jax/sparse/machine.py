@@ -1,8 +1,16 @@
-"""What the machine at hand is, as far as 2:4 products are concerned."""
+"""What the machine at hand is, and what of the 2:4 products it can run."""
 
+import re
 from typing import NamedTuple
 
-from . import _ffi_cusparselt
+import jax
+
+from esparse_jax import native
+
+from . import _ffi, _ffi_cuda, _ffi_cusparselt
+
+# Where the CUDA kernels were run; for the others of a build they were compiled and not run.
+RUN_ON = ("sm_90",)
 
 
 class Machine(NamedTuple):
@@ -41,3 +49,87 @@ def this_machine() -> Machine | None:
     major, minor = divmod(_ffi_cusparselt.architecture(gpu), 10)
     version = None if library is None else library.version_name
     return Machine(gpu.device_kind, f"{major}.{minor}", version)
+
+
+class Build(NamedTuple):
+    """What the compiled extension holds.
+
+    Attributes:
+        file: Where it is; None where there is none.
+        cpu_levels: Instruction-set levels of the CPU's product that this processor runs, best
+            first.
+        cuda_toolkit: The version that its CUDA part was compiled with; None without that part.
+        cuda_code: The architectures it has machine code for, "sm_90", and those it has PTX for,
+            "PTX of sm_90", which later GPUs translate.
+    """
+
+    file: str | None
+    cpu_levels: tuple[str, ...]
+    cuda_toolkit: str | None
+    cuda_code: tuple[str, ...]
+
+    def runs_on(self, capability: str) -> bool:
+        """Whether its CUDA part runs on a GPU of this compute capability, "9.0"."""
+        major, minor = map(int, capability.split("."))
+        for name in self.cuda_code:
+            number, specific = re.search(r"sm_(\d+)([af]?)", name).groups()
+            has = int(number[:-1]), int(number[-1])
+            if specific:  # for this GPU alone
+                fits = has == (major, minor)
+            elif name.startswith("PTX"):
+                fits = has <= (major, minor)
+            else:
+                fits = has[0] == major and has[1] <= minor
+            if fits:
+                return True
+        return False
+
+
+def build() -> Build:
+    """What the extension of this installation holds. Touches no device."""
+    extension = native.extension()
+    if extension is None:
+        return Build(None, (), None, ())
+    code = []
+    for name in extension.CUDA_ARCHITECTURES.split():  # CMake's: 90 is both, 90-real, 90-virtual
+        number, _, kind = name.partition("-")
+        if kind != "virtual":
+            code.append(f"sm_{number}")
+        if kind != "real":
+            code.append(f"PTX of sm_{number}")
+    return Build(extension.__file__, _ffi.cpu_levels(), extension.CUDA_TOOLKIT or None, tuple(code))
+
+
+class LibraryFacts(NamedTuple):
+    """What is known of cuSPARSELt here.
+
+    Attributes:
+        version: "0.8.0"; None where it cannot be called.
+        path: The file it was loaded from.
+        why_not: Why it cannot be called.
+    """
+
+    version: str | None
+    path: str | None
+    why_not: str | None
+
+
+def library_facts() -> LibraryFacts:
+    """Looks for cuSPARSELt and opens it, which does not need a GPU."""
+    opened = _ffi_cusparselt.library()
+    if opened is None:
+        return LibraryFacts(None, None, _ffi_cusparselt.available())
+    return LibraryFacts(opened.version_name, opened.path, None)
+
+
+def records_calls() -> bool:
+    """Whether products overlap, because XLA records each as a kernel of its own CUDA graph."""
+    return bool(gpus()) and _ffi_cuda.decode_available() and _ffi_cuda.records_calls()
+
+
+def gpus() -> list[jax.Device]:
+    """The NVIDIA GPUs that JAX sees."""
+    try:
+        return jax.devices("cuda")
+    except RuntimeError:
+        return []

@@ -158,6 +158,7 @@ def tune_shape(
     *,
     dtype: Any = "float16",
     rows: Iterable[int] = BUCKETS,
+    known: Callable[[Machine], TuningTable | None] | None = None,
     limits: Limits | None = None,
     progress: Callable[[TuneProgress], None] | None = None,
     worker: Sequence[str] = WORKER,
@@ -168,13 +169,15 @@ def tune_shape(
         shape: `(out, channel)` of the weight, multiples of 64 (of 16: by cuSPARSELt alone).
         dtype: float16 or bfloat16.
         rows: Which of `BUCKETS`.
+        known: Called when the child has said what the machine is; numbers of rows that the table it
+            returns has are left out.
         limits: None is `Limits()`.
         progress: Called before each candidate.
         worker: The command that runs the child.
 
     Returns:
-        A table with one record for each number of rows. `save_table` puts it beside what was
-        measured before.
+        A table with one record for each number of rows that was measured. `save_table` puts it
+        beside what was measured before.
 
     Raises:
         ValueError: A shape, dtype or number of rows that no product is tuned for.
@@ -192,12 +195,29 @@ def tune_shape(
             f"products are tuned for {', '.join(map(str, BUCKETS))} rows, which serve all numbers "
             f"between; got {', '.join(map(str, wrong)) or 'none'}."
         )
-    refused = why_not(shape, dtype)
+    refused = why_not_tuned(shape, dtype)
     if refused is not None:
         raise ValueError(f"a weight of this shape and dtype is not tuned: {refused}.")
     search = _Search(shape, dtype.name, rows, limits or Limits(), progress, worker)
     with contextlib.closing(search):
-        return search.run()
+        return search.run(known)
+
+
+def why_not_tuned(shape: tuple[int, int], dtype: Any) -> str | None:
+    """Why a weight has nothing to choose from but plain JAX, as half a sentence, or None."""
+    return why_not(shape, np.dtype(dtype))
+
+
+def rows_left(
+    table: TuningTable | None, shape: tuple[int, int], dtype: Any, rows: Iterable[int]
+) -> list[int]:
+    """Those numbers of rows of a product that a table does not have."""
+    found = {
+        record.rows
+        for record in (() if table is None else table.records)
+        if record.key[:3] == (np.dtype(dtype).name, *shape)
+    }
+    return [each for each in rows if each not in found]
 
 
 class _Search:
@@ -223,9 +243,12 @@ class _Search:
         self._workspaces: dict[tuple[int, Candidate], int] = {}
         self._restarts = self._done = self._total = 0
 
-    def run(self) -> TuningTable:
+    def run(self, known: Callable[[Machine], TuningTable | None] | None) -> TuningTable:
         """All there is to measure."""
         self._facts = facts = self._running().facts
+        machine = Machine(facts["device"], facts["capability"], facts["cusparselt"])
+        if known is not None:
+            self._rows = rows_left(known(machine), self._shape, self._dtype, self._rows)
         self._total = sum(1 for _ in self._all_candidates())
         records = []
         for rows in self._rows:
@@ -236,7 +259,6 @@ class _Search:
                     raise
                 _LOGGER.warning("%dx%d, from %d rows: %s", *self._shape, rows, error)
                 break
-        machine = Machine(facts["device"], facts["capability"], facts["cusparselt"])
         return TuningTable(machine, facts["jax"], tuple(records))
 
     def close(self) -> None:

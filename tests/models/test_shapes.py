@@ -1,6 +1,6 @@
 import pytest
 
-from esparse_jax.models import PUBLISHED_SHAPES, LlamaConfig, product_shapes
+from esparse_jax.models import PUBLISHED_SHAPES, LlamaConfig, product_shapes, published_shapes
 from esparse_jax.models.shapes import decoder_shapes
 from esparse_jax.sparse.blob import why_no_blob
 
@@ -20,7 +20,9 @@ def config(name) -> LlamaConfig:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_shapes_are_those_of_the_models(name):
-    assert product_shapes(config(name)) == PUBLISHED_SHAPES[name]
+    for fused in (True, False):
+        assert product_shapes(config(name), fused=fused) == published_shapes(name, fused=fused)
+    assert PUBLISHED_SHAPES[name] == published_shapes(name)
     assert all(why_no_blob(shape, "float16") is None for shape in PUBLISHED_SHAPES[name].values())
 
 
@@ -45,3 +47,4 @@ def test_table_5_is_the_papers():
     assert list(PUBLISHED_SHAPES["table-5"].values()) == [
         (5376, 14336), (14336, 1792), (7168, 14336), (14336, 7168),
     ]  # fmt: skip
+    assert published_shapes("table-5", fused=False) == PUBLISHED_SHAPES["table-5"]

@@ -25,7 +25,7 @@ from esparse_jax.sparse import tune as tune_file
 from esparse_jax.sparse._timing import Chain, chain_rotation, random_24, rotation
 from esparse_jax.sparse.compress import check24
 from esparse_jax.sparse.table import DecodeTime, LibraryTime
-from esparse_jax.sparse.tune import decode_plans, library_algorithms
+from esparse_jax.sparse.tune import decode_plans, library_algorithms, rows_left
 
 SHAPE = (512, 256)
 FACTS = {
@@ -164,6 +164,25 @@ def test_rows_ask_for_what_can_serve_them(worker):
     assert records[1].cusparselt == records[8].cusparselt is not None
     assert records[32].decode == DecodeTime(17.5)
     assert records[64].decode is None
+
+
+def test_what_is_known_is_left_out(worker):
+    worker.write(decode=False)
+    first = tune_shape(SHAPE, rows=[64, 128], limits=QUICK, worker=worker.command)
+    asked = []
+
+    def known(machine):
+        asked.append(machine)
+        return first
+
+    second = worker.tune([64, 256], known=known)
+    assert list(second) == [256]
+    assert asked == [Machine("Abacus 9", "9.0", "0.8.0")]
+    assert worker.tune([64, 128], known=known) == {}
+    assert list(worker.tune([64], known=lambda machine: None)) == [64]
+    assert rows_left(first, SHAPE, "bfloat16", [64, 128]) == [64, 128]
+    assert rows_left(first, SHAPE, "float16", [32, 64]) == [32]
+    assert rows_left(None, SHAPE, "float16", [32, 64]) == [32, 64]
 
 
 def test_refusals_are_no_failures(worker):

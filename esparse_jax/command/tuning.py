@@ -1,0 +1,119 @@
+"""What `esparse tune` measures, and how it shows what was found."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from esparse_jax.files.directory import read_config, require_directory
+from esparse_jax.models import PUBLISHED_SHAPES, product_shapes, published_shapes
+from esparse_jax.models.llama import LlamaConfig
+from esparse_jax.sparse import Record, TuningTable, why_not_tuned
+
+Shape = tuple[int, int]
+DTYPES = ("float16", "bfloat16")
+
+
+def parse_shape(text: str) -> Shape:
+    """4096x11008 as (4096, 11008): outputs, channels.
+
+    Raises:
+        ValueError: It is written otherwise.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(
+            f"a shape is OUTxCHANNEL, outputs and input channels of the weight, such as "
+            f"4096x11008; got {text!r}."
+        )
+    return int(parts[0]), int(parts[1])
+
+
+def wanted(
+    model: Path | None, shapes: Sequence[str], names: Sequence[str], separate: bool, dtype: str
+) -> tuple[list[Shape], str]:
+    """The shapes that are asked for, each once, and their dtype.
+
+    Args:
+        model: A checkpoint whose products are among them.
+        shapes: OUTxCHANNEL.
+        names: Of `PUBLISHED_SHAPES`.
+        separate: Whether projections that share an input are tuned one by one as well.
+        dtype: "auto" is that of the model, if it has 16 bits, else float16.
+
+    Raises:
+        ValueError: Nothing is asked for, or a shape that is not tuned.
+    """
+    config = _config(model)
+    if dtype == "auto":
+        dtype = config.dtype if config is not None and config.dtype in DTYPES else "float16"
+    forms = (True, False) if separate else (True,)
+    found = [parse_shape(text) for text in shapes]
+    for fused in forms:
+        for name in names:
+            found += published_shapes(name, fused=fused).values()
+        if config is not None:
+            found += product_shapes(config, fused=fused).values()
+    if not found:
+        raise ValueError(
+            f"tune what? Give a MODEL directory, --shape OUTxCHANNEL, or --model-shape with one of "
+            f"{', '.join(PUBLISHED_SHAPES)}."
+        )
+    found = list(dict.fromkeys(found))
+    refused = [
+        f"{out}x{channels}: {reason}"
+        for out, channels in found
+        if (reason := why_not_tuned((out, channels), dtype)) is not None
+    ]
+    if refused:
+        raise ValueError(
+            "products that are not tuned, because nothing but plain JAX multiplies them: "
+            + "; ".join(refused)
+            + ". Leave them out, with --shape for those that are left."
+        )
+    return found, dtype
+
+
+def _config(model: Path | None) -> LlamaConfig | None:
+    return None if model is None else read_config(require_directory(model))[1]
+
+
+HEADER = (
+    f"{'out x channels':>15s} {'rows':>6s} {'dense':>9s} {'decode':>9s} {'cuSPARSELt':>11s}  "
+    f"{'algorithm':<16s} {'dense / 2:4':>11s}"
+)
+
+
+def table_lines(
+    table: TuningTable, shapes: Iterable[Shape], dtype: str, rows: Iterable[int]
+) -> list[str]:
+    """The records that were asked for, a line each, and what failed in the search."""
+    shapes, rows = set(shapes), set(rows)
+    records = [
+        record
+        for record in table.records
+        if record.dtype == dtype and record.key[1:3] in shapes and record.rows in rows
+    ]
+    failed = {
+        f"{record.out}x{record.channels}: {name}: {reason}"
+        for record in records
+        for name, reason in record.failed.items()
+    }
+    return [HEADER, *map(_line, records), *(f"left out: {text}" for text in sorted(failed))]
+
+
+def _line(record: Record) -> str:
+    def time(microseconds: float | None) -> str:
+        return "-" if microseconds is None else f"{microseconds:.2f}"
+
+    decode, library = record.decode, record.cusparselt
+    marked = "*" if decode is not None and decode.plan is not None else ""
+    algorithm = ""
+    if library is not None:
+        split = library.algorithm.split_k
+        algorithm = f"{library.algorithm.id}" + (f", split_k {split}" if split else "")
+    both = record.dense is not None and record.sparse is not None
+    ratio = f"{record.dense / record.sparse:.2f}" if both else "-"
+    return (
+        f"{f'{record.out}x{record.channels}':>15s} {record.rows:6d} {time(record.dense):>9s} "
+        f"{time(decode and decode.microseconds) + marked:>9s} "
+        f"{time(library and library.microseconds):>11s}  {algorithm:<16s} {ratio:>11s}"
+    )
