@@ -8,7 +8,6 @@ for each shape and number of rows holds the kernel's own choice against the best
 """
 
 import csv
-import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -17,27 +16,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import tyro
-from gemm import LLAMA, TABLE5, copy_bandwidth, random_24
 
+from esparse_jax.models import PUBLISHED_SHAPES
 from esparse_jax.sparse import _ffi_cuda, blob24, compress24
+from esparse_jax.sparse._timing import copy_bandwidth, random_24
+from esparse_jax.sparse.tune import decode_plans
 
-# LLaMA-13B's fused q/k/v, o, gate and up, down; Llama-3-8B's.
-MORE = (
-    "15360x5120",
-    "5120x5120",
-    "27648x5120",
-    "5120x13824",
-    "6144x4096",
-    "28672x4096",
-    "4096x14336",
-)
+SHAPES = dict.fromkeys(
+    f"{out}x{channels}"
+    for name in ("llama-7b", "table-5", "llama-13b", "llama-3-8b")
+    for out, channels in PUBLISHED_SHAPES[name].values()
+) | {"8192x28672": None}  # the down projection of 70B
 
 
 @dataclass(frozen=True)
 class Options:
     """What to time."""
 
-    shapes: tuple[str, ...] = LLAMA + TABLE5 + MORE
+    shapes: tuple[str, ...] = tuple(SHAPES)
     """OUTxCHANNEL, multiples of 64."""
     rows: tuple[int, ...] = (1, 8, 16)
     dtype: str = "float16"
@@ -45,24 +41,6 @@ class Options:
     rotate_mb: int = 300
     replays: int = 3
     csv: Path | None = None
-
-
-def plans() -> list[dict[str, int]]:
-    """All plans that can differ."""
-    found = []
-    cuts = itertools.product((1, 2, 3, 4), (4, 8, 16), (1, 2), (1, 2), (1, 2))
-    for tiles, warps, blocks, interleave, resident in cuts:
-        if warps * blocks <= 16:
-            found.append(
-                {
-                    "tiles": tiles,
-                    "warps": warps,
-                    "blocks": blocks,
-                    "interleave": interleave,
-                    "resident": resident,
-                }
-            )
-    return found
 
 
 def main(options: Options) -> None:
@@ -101,7 +79,7 @@ def main(options: Options) -> None:
                 )
 
             figures = []
-            for plan in plans():
+            for plan in decode_plans():
                 try:
                     figures.append((microseconds(plan), plan))
                 except RuntimeError:

@@ -34,7 +34,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import tyro
-from gemm import copy_bandwidth, random_24
 
 from esparse_jax.sparse import (
     Blob24,
@@ -48,6 +47,7 @@ from esparse_jax.sparse import (
     sparse_mlp,
 )
 from esparse_jax.sparse import _ffi_cuda as ffi
+from esparse_jax.sparse._timing import copy_bandwidth, random_24
 
 EPSILON = 1e-6
 

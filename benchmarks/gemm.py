@@ -1,26 +1,38 @@
-"""Table 5 and decoding on an NVIDIA GPU: the 2:4 product against dense, in one run.
+"""Table 5 on an NVIDIA GPU: the 2:4 product against dense, for decoding and for whole prompts.
 
-    python benchmarks/gemm.py                                   # all shapes, fp16 and bf16
-    python benchmarks/gemm.py --shapes 4096x4096 --rows 1 16 --dtypes float16 --json gemm.json
+    python benchmarks/gemm.py --json gemm.json                  # everything; two hours
+    python benchmarks/gemm.py --shapes table-5 --rows 16 16384 --dtypes float16
+    python benchmarks/gemm.py --shapes 4096x4096 --columns xla dispatch --seconds 500
 
-Every figure is the time of a whole product, row-major x to row-major y, inside one jitted chain of
-products over different weights (at least 300 MB of them, so that none waits in a cache), the calls
-queued, the median over batches. The products run one after the other.
+Every figure is the time of a whole product, row-major x to row-major y, in microseconds: inside one
+jitted chain of products, or one CUDA graph, over weights that come to 300 MB with x and y (two of
+them where x and y are that large), the calls queued, the median over batches. The products run one
+after the other.
 
-- `decode`: the decode kernel on the device form of the weight, the weights being arguments of the
-  jit and said to be so (`prefetch`); `careful`: the same without `prefetch`.
 - `xla`: `lax.dot_general` with the dense weight [out, channel], autotuned by XLA.
 - `torch`: `torch.mm` by cuBLAS and cuBLASLt, x first and weight first, the fastest of the four, in
   a CUDA graph; left out where torch is not installed.
-- `bound`: the compressed bytes over the bandwidth of a large device copy in the same run.
+- `cuslt`: `sparse_matmul(backend="cusparselt")`, by the library's own choice of algorithm; and
+  `tuned`: by the one that the tuning table has for this product.
+- `decode`: the decode kernel, up to 16 rows, the weights being arguments of the jit and said to be
+  so (`prefetch`); `careful`: the same without `prefetch`.
+- `dispatch`: `sparse_matmul(x, blob)`, as a model calls it, by that table.
+- `bound`: the bytes of compressed weight, x and y over the bandwidth of a large device copy in the
+  same run; `share`, what of `dispatch` it is. With many rows it is arithmetic that binds.
+- `ratio`: the fastest dense product over `dispatch`.
+- `error`: of `dispatch`, relative to float32.
+
+The table is this machine's own, from `esparse tune`, or `--table FILE`. A run that comes to its
+`--seconds`, or is stopped, has its figures in the JSON file.
 """
 
+import contextlib
 import json
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,130 +41,124 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from esparse_jax.sparse import Blob24, blob24, compress24, fused_matmul, sparse_matmul
+from esparse_jax.models import PUBLISHED_SHAPES
+from esparse_jax.sparse import (
+    Algorithm,
+    Blob24,
+    blob24,
+    compress24,
+    fused_matmul,
+    library_facts,
+    load_table,
+    sparse_matmul,
+    stored_table,
+    this_machine,
+    use_table,
+)
+from esparse_jax.sparse._ffi_cuda import MAX_ROWS
+from esparse_jax.sparse._timing import (
+    Chain,
+    chain_inputs,
+    chain_rotation,
+    copy_bandwidth,
+    estimate,
+    random_24,
+)
+from esparse_jax.sparse.table import TuningTable
 
 try:
     import torch
 except ImportError:
     torch = None
 
-# E-Sparse table 5: (out, channel) of the 65B and 175B layers it times, with 16,384 rows there.
-TABLE5 = ("5376x14336", "14336x1792", "14336x7168", "7168x14336")
-# LLaMA-7B's fused QKV, o, gate+up and down, and the down projection of 70B.
-LLAMA = ("4096x4096", "12288x4096", "22016x4096", "4096x11008", "8192x28672")
-SERIAL = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+COLUMNS = ("xla", "torch", "cuslt", "tuned", "decode", "careful", "dispatch")
+DENSE = ("xla", "torch")
 
 
 @dataclass(frozen=True)
 class Options:
     """What to measure."""
 
-    shapes: tuple[str, ...] = LLAMA + TABLE5
-    """OUTxCHANNEL of each weight, multiples of 64."""
-    rows: tuple[int, ...] = (1, 8, 16)
+    shapes: tuple[str, ...] = tuple(PUBLISHED_SHAPES)
+    """OUTxCHANNEL of each weight, multiples of 64; or a published name: table-5, llama-7b, ..."""
+    rows: tuple[int, ...] = (1, 8, 16, 32, 64, 128, 1024, 4096, 16384)
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
-    rotate_mb: int = 300
-    """Bytes of weights a chain walks through before it meets one again, in MB."""
-    turns: int = 8
-    """How often the chain runs in a batch."""
+    columns: tuple[str, ...] = COLUMNS
+    """Which products to time; dispatch is timed in any case."""
+    table: Path | None = None
+    """Tuning table to use; the machine's own if not given."""
     batches: int = 7
-    dense: bool = True
-    """Also time the dense products."""
+    turns: int = 8
+    """How often the chain of the decode kernel runs in a batch."""
+    seconds: float | None = None
+    """Begin nothing that would not end in this time, by the slowest number of rows so far."""
     json: Path | None = None
-    """Also write the figures here."""
+    """Also write the figures here, after every shape."""
 
 
 @dataclass
 class Row:
-    """One line of the table; times in microseconds per product."""
+    """One line of the table; times in microseconds per product, by column."""
 
     out: int
     channels: int
     rows: int
     dtype: str
-    decode: float
-    careful: float
     bound: float
     error: float
-    dense: dict[str, float] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    torch: dict[str, float] = field(default_factory=dict)
+    algorithm: int | None = None
 
     @property
     def best_dense(self) -> float:
         """The fastest dense product of this run, or nan."""
-        return min(self.dense.values(), default=math.nan)
+        return min((self.times[name] for name in DENSE if name in self.times), default=math.nan)
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as that the dispatched product is."""
+        return self.best_dense / self.times["dispatch"]
+
+    @property
+    def share(self) -> float:
+        """What of its time the bytes take."""
+        return self.bound / self.times["dispatch"]
+
+    def derived(self) -> dict[str, float | None]:
+        """What follows from the times; None where a column is missing."""
+        values = {"best_dense": self.best_dense, "ratio": self.ratio, "share": self.share}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     def __str__(self) -> str:
-        dense = " ".join(f"{self.dense.get(name, math.nan):8.2f}" for name in ("xla", "torch"))
+        times = " ".join(f"{self.times.get(name, math.nan):9.2f}" for name in COLUMNS)
         return (
-            f"{self.out:6d} x {self.channels:5d} {self.rows:3d} {self.dtype:8s} {dense} "
-            f"{self.decode:8.2f} {self.careful:8.2f} {self.bound:7.2f} "
-            f"{self.best_dense / self.decode:6.2f} "
-            f"{self.bound / self.decode:6.2f}  {self.error:.1e}"
+            f"{self.out:6d} x {self.channels:5d} {self.rows:5d} {self.dtype:8s} {times} "
+            f"{self.bound:8.2f} {self.ratio:6.2f} {self.share:6.2f}  {self.error:.1e}"
         )
 
 
 HEADER = (
-    "   out x chan. row dtype         xla    torch   decode  careful   bound  ratio  share  error"
+    f"   out x chan.  rows dtype    {' '.join(f'{name:>9s}' for name in COLUMNS)}    bound  ratio  "
+    f"share  error"
 )
 
 
-def random_24(key: jax.Array, out: int, channels: int, dtype: str) -> jax.Array:
-    """A random 2:4 weight."""
-    values, places = jax.random.split(key)
-    weight = jax.random.normal(values, (out, channels), jnp.float32) / math.sqrt(channels / 2)
-    order = jnp.argsort(jax.random.uniform(places, (out, channels // 4, 4)), axis=-1)
-    mask = (order < 2).reshape(out, channels)
-    return jnp.where(mask, weight, 0).astype(dtype)
+def wanted_shapes(names: tuple[str, ...]) -> list[tuple[int, int]]:
+    """(out, channel) of each, once."""
+    shapes: list[tuple[int, int]] = []
+    for name in names:
+        if name in PUBLISHED_SHAPES:
+            shapes += PUBLISHED_SHAPES[name].values()
+        else:
+            out, channels = map(int, name.split("x"))
+            shapes.append((out, channels))
+    return list(dict.fromkeys(shapes))
 
 
-random_24 = jax.jit(random_24, static_argnums=(1, 2, 3))
-
-
-def _dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product with a dense weight [out, channel]."""
     return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
-
-
-def _seconds(call: Callable[[], object], *, repeats: int, batches: int) -> float:
-    """Median over batches of the time of one of `repeats` queued calls."""
-    for _ in range(3):
-        jax.block_until_ready(call())
-    times = []
-    for _ in range(batches):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            result = call()
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / repeats)
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a copy on the device, read and written bytes counted."""
-    source = jnp.ones(1 << 29, jnp.int32)
-    copy = jax.jit(jnp.copy)
-    return 2 * source.nbytes / _seconds(lambda: copy(source), repeats=4, batches=7)
-
-
-def dense_time(xs: list, weights: list, options: Options) -> float:
-    """Microseconds per dense product of a chain over the weights, run in one jitted loop."""
-
-    def chain(xs, weights):
-        def once(turn, before):
-            results, last = [], (turn, before[-1])
-            for i, x in enumerate(xs):
-                # Not before the last one, nor outside the loop, nor merged with a neighbour.
-                x, last = jax.lax.optimization_barrier((x, last))
-                last = _dense(x, weights[i % len(weights)])
-                results.append(last)
-            return results
-
-        start = jax.eval_shape(lambda xs, w: [_dense(x, w) for x in xs], xs, weights[0])
-        start = [jnp.zeros(y.shape, y.dtype) for y in start]
-        return jax.lax.fori_loop(0, options.turns, once, start)
-
-    compiled = jax.jit(chain, compiler_options=SERIAL)
-    seconds = _seconds(lambda: compiled(xs, weights), repeats=3, batches=options.batches)
-    return seconds / (len(xs) * options.turns) * 1e6
 
 
 def decode_time(xs: list, blobs: list, prefetch: bool, options: Options) -> float:
@@ -180,20 +186,26 @@ def decode_time(xs: list, blobs: list, prefetch: bool, options: Options) -> floa
     return statistics.median(times) * 1e6
 
 
-def torch_time(rows: int, out: int, channels: int, dtype: str, count: int, copies: int) -> float:
-    """Microseconds of the fastest of cuBLAS and cuBLASLt, in both orders of the operands."""
+def torch_times(
+    rows: int, out: int, channels: int, dtype: str, count: int, copies: int
+) -> dict[str, float]:
+    """Microseconds by cuBLAS and cuBLASLt, each in both orders of the operands."""
     kind = getattr(torch, dtype)
-    xs = [torch.randn(rows, channels, device="cuda", dtype=kind) for _ in range(count)]
+    xs = [torch.randn(rows, channels, device="cuda", dtype=kind) for _ in range(count // copies)]
     weights = [torch.randn(out, channels, device="cuda", dtype=kind) for _ in range(copies)]
-    best = math.inf
+    orders = {
+        "x first": lambda x, w: torch.mm(x, w.t()),
+        "weight first": lambda x, w: torch.mm(w, x.t()),
+    }
+    found = {}
     for library in ("cublas", "cublaslt"):
         torch.backends.cuda.preferred_blas_library(library)
-        for multiply in (lambda x, w: torch.mm(x, w.t()), lambda x, w: torch.mm(w, x.t())):
+        for order, multiply in orders.items():
             multiply(xs[0], weights[0])
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                for i, x in enumerate(xs):
-                    multiply(x, weights[i % copies])
+                for i in range(count):
+                    multiply(xs[i // copies], weights[i % copies])
             times = []
             for _ in range(9):
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -202,107 +214,192 @@ def torch_time(rows: int, out: int, channels: int, dtype: str, count: int, copie
                 end.record()
                 end.synchronize()
                 times.append(start.elapsed_time(end) * 1e3 / count)
-            best = min(best, statistics.median(times[2:]))
+            found[f"{library}, {order}"] = statistics.median(times[2:])
+            del graph
     torch.backends.cuda.preferred_blas_library("default")
-    return best
+    del xs, weights
+    torch.cuda.empty_cache()
+    return found
 
 
-def measure(out: int, channels: int, dtype: str, bandwidth: float, options: Options) -> list[Row]:
-    """All numbers of rows for one weight shape."""
-    dense_bytes = 2 * out * channels
-    copies = math.ceil(options.rotate_mb * 1e6 / (dense_bytes * 9 / 16))
-    dense_copies = math.ceil(options.rotate_mb * 1e6 / dense_bytes)
-    count = max(48, copies)
-    weight = random_24(jax.random.key(out + channels), out, channels, dtype)
-    blob = blob24(compress24(weight))
-    blobs = [Blob24(blob.data + jnp.uint8(0), blob.shape, blob.dtype) for _ in range(copies)]
-    weights = [weight + 0 for _ in range(dense_copies)]
-    table = []
-    for rows in options.rows:
+class Weights:
+    """Copies of one random 2:4 weight, dense and compressed; as many as were asked for so far."""
+
+    def __init__(self, out: int, channels: int, dtype: str):
+        self.shape, self.dtype = (out, channels), dtype
+        self._dense = [random_24(jax.random.key(out + channels), out, channels, dtype)]
+        self._blobs = [blob24(compress24(self._dense[0]))]
+
+    @property
+    def weight(self) -> jax.Array:
+        return self._dense[0]
+
+    @property
+    def blob(self) -> Blob24:
+        return self._blobs[0]
+
+    def dense(self, rows: int) -> list[jax.Array]:
+        copies = chain_rotation(self.weight.nbytes, rows, self.shape)
+        self._dense += [self.weight + 0 for _ in range(copies - len(self._dense))]
+        return self._dense[:copies]
+
+    def blobs(self, rows: int) -> list[Blob24]:
+        copies = chain_rotation(self.blob.nbytes, rows, self.shape)
+        self._blobs += [
+            Blob24(self.blob.data + jnp.uint8(0), self.blob.shape, self.blob.dtype)
+            for _ in range(copies - len(self._blobs))
+        ]
+        return self._blobs[:copies]
+
+
+def measure(
+    weights: Weights, rows: int, bandwidth: float, table: TuningTable | None, options: Options
+) -> Row:
+    """All columns for one number of rows."""
+    (out, channels), dtype = weights.shape, weights.dtype
+
+    def inputs(count: int) -> list[jax.Array]:
         keys = jax.random.split(jax.random.key(rows), count)
-        xs = [jax.random.normal(key, (rows, channels), jnp.float32).astype(dtype) for key in keys]
-        y = sparse_matmul(xs[0], blob).astype(jnp.float32)
-        exact = jax.lax.dot_general(
-            xs[0].astype(jnp.float32),
-            weight.astype(jnp.float32),
-            (((1,), (1,)), ((), ())),
-            precision="highest",
-        )
-        error = float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact))
-        line = Row(
-            out,
-            channels,
-            rows,
-            dtype,
-            decode=decode_time(xs, blobs, True, options),
-            careful=decode_time(xs, blobs, False, options),
-            bound=blob.nbytes / bandwidth * 1e6,
-            error=error,
-        )
-        if options.dense:
-            line.dense["xla"] = dense_time(xs, weights, options)
-            if torch is not None:
-                line.dense["torch"] = torch_time(
-                    rows, out, channels, dtype, max(48, dense_copies), dense_copies
-                )
-        print(line, flush=True)
-        table.append(line)
-    return table
+        return [jax.random.normal(key, (rows, channels), jnp.float32).astype(dtype) for key in keys]
+
+    def chained(product: Callable, copies: list) -> float:
+        xs = inputs(chain_inputs(rows, weights.shape, len(copies)))
+        chain = Chain(product, xs, copies, microseconds=estimate(rows, weights.shape))
+        return chain.microseconds(batches=options.batches)
+
+    (x,) = inputs(1)
+    exact = jax.lax.dot_general(
+        x.astype(jnp.float32),
+        weights.weight.astype(jnp.float32),
+        (((1,), (1,)), ((), ())),
+        precision="highest",
+    )
+    y = jax.jit(sparse_matmul)(x, weights.blob).astype(jnp.float32)
+    error = float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact))
+    del exact, y
+    moved = weights.blob.nbytes + 2 * rows * (out + channels)
+    line = Row(out, channels, rows, dtype, bound=moved / bandwidth * 1e6, error=error)
+    times = line.times
+
+    record = None if table is None else table.find(weights.shape, dtype, rows)
+    if record is not None and record.cusparselt is not None:
+        line.algorithm = record.cusparselt.algorithm.id
+
+    def by_library(algorithm: Algorithm | None) -> Callable:
+        return partial(sparse_matmul, backend="cusparselt", algorithm=algorithm)
+
+    for column in dict.fromkeys((*options.columns, "dispatch")):
+        if column == "xla":
+            times[column] = chained(dense, weights.dense(rows))
+        elif column == "torch" and torch is not None:
+            copies = len(weights.dense(rows))
+            count = copies * chain_inputs(rows, weights.shape, copies)
+            line.torch = torch_times(rows, out, channels, dtype, count, copies)
+            times[column] = min(line.torch.values())
+        elif column == "cuslt" and library_facts().version is not None:
+            times[column] = chained(by_library(None), weights.blobs(rows))
+        elif column == "tuned" and record is not None and record.cusparselt is not None:
+            algorithm = record.cusparselt.algorithm
+            if rows != record.rows:  # its workspace is that of other rows
+                algorithm = Algorithm(algorithm.id, algorithm.split_k, algorithm.split_k_mode)
+            times[column] = chained(by_library(algorithm), weights.blobs(rows))
+        elif column in ("decode", "careful") and rows <= MAX_ROWS:
+            blobs = weights.blobs(rows)
+            xs = inputs(max(48, len(blobs)))
+            times[column] = decode_time(xs, blobs, column == "decode", options)
+        elif column == "dispatch":
+            times[column] = chained(sparse_matmul, weights.blobs(rows))
+    return line
 
 
 def summary(table: list[Row]) -> list[str]:
-    """Geometric means for each dtype and number of rows, and for all rows together."""
-
-    def mean(values: list[float]) -> float:
-        return math.exp(statistics.fmean(math.log(value) for value in values))
-
+    """Geometric means for each dtype and number of rows."""
     lines = []
     for dtype in dict.fromkeys(row.dtype for row in table):
         of_dtype = [row for row in table if row.dtype == dtype]
-        groups = [
-            (str(n), [r for r in of_dtype if r.rows == n]) for n in {r.rows for r in of_dtype}
-        ]
-        for name, rows in [*groups, ("all", of_dtype)]:
-            share = mean([row.bound / row.decode for row in rows])
-            text = f"{dtype}, {name} rows: share of the bound {share:.3f}"
-            if all(row.dense for row in rows):
-                ratios = [row.best_dense / row.decode for row in rows]
-                text += f", dense / decode {mean(ratios):.3f}, smallest {min(ratios):.2f}"
+        for number in dict.fromkeys(row.rows for row in of_dtype):
+            rows = [row for row in of_dtype if row.rows == number]
+            share = statistics.geometric_mean([row.share for row in rows])
+            text = f"{dtype}, {number} rows, {len(rows)} shapes: share of the bound {share:.3f}"
+            ratios = [row.ratio for row in rows]
+            if all(map(math.isfinite, ratios)):
+                mean = statistics.geometric_mean(ratios)
+                text += f", dense / dispatch {mean:.3f}, {min(ratios):.2f} to {max(ratios):.2f}"
+            for name in ("cuslt", "tuned", "decode", "careful"):
+                if all(name in row.times for row in rows):
+                    mean = statistics.geometric_mean(
+                        [row.times[name] / row.times["dispatch"] for row in rows]
+                    )
+                    text += f", {name} / dispatch {mean:.3f}"
             lines.append(text)
     return lines
 
 
+def lines_within(
+    bandwidth: float, table: TuningTable | None, options: Options, started: float
+) -> Iterator[Row | None]:
+    """A line for every product; None after the last one of a shape. Ends where time does."""
+    slowest = 0.0
+    for dtype in options.dtypes:
+        for out, channels in wanted_shapes(options.shapes):
+            weights = None
+            for rows in options.rows:
+                begun = time.monotonic()
+                if options.seconds is not None and begun - started + slowest > options.seconds:
+                    return
+                weights = weights or Weights(out, channels, dtype)
+                yield measure(weights, rows, bandwidth, table, options)
+                slowest = max(slowest, time.monotonic() - begun)
+            yield None
+
+
 def main(options: Options) -> None:
     """Prints the table and writes it as JSON."""
-    if jax.default_backend() != "gpu":
+    started = time.monotonic()
+    unknown = set(options.columns) - set(COLUMNS)
+    if unknown:
+        raise SystemExit(f"columns are {', '.join(COLUMNS)}; got {', '.join(sorted(unknown))}.")
+    machine = this_machine()
+    if machine is None:
         raise SystemExit(
             "benchmarks/gemm.py times an NVIDIA GPU and JAX sees none: install jax[cuda13], or run "
             "benchmarks/gemm_cpu.py for the processor."
         )
+    given = None if options.table is None else load_table(options.table)
+    table = given or stored_table(machine).table
     bandwidth = copy_bandwidth()
-    machine = {
-        "device": jax.devices()[0].device_kind,
+    facts = {
+        "device": machine.device,
+        "capability": machine.capability,
         "jax": jax.__version__,
         "torch": None if torch is None else torch.__version__,
+        "cusparselt": machine.cusparselt,
         "python": platform.python_version(),
         "copy_gb_per_second": round(bandwidth / 1e9, 1),
+        "table": str(options.table) if given else list(stored_table(machine).files),
     }
-    print(machine, HEADER, sep="\n", flush=True)
-    table, lines = [], []
-    for dtype in options.dtypes:
-        for shape in options.shapes:
-            out, channels = map(int, shape.split("x"))
-            table += measure(out, channels, dtype, bandwidth, options)
-            lines = summary(table)
-            if (
-                options.json is not None
-            ):  # after every shape: a run that is cut short keeps its part
-                rows = [asdict(row) | {"best_dense": row.best_dense} for row in table]
-                report = {"machine": machine, "options": asdict(options), "rows": rows}
-                options.json.write_text(
-                    json.dumps(report | {"summary": lines}, indent=1, default=str)
-                )
-    print(*lines, sep="\n")
+    print(facts, HEADER, sep="\n", flush=True)
+    measured: list[Row] = []
+    asked = len(options.dtypes) * len(wanted_shapes(options.shapes)) * len(options.rows)
+
+    def write() -> None:
+        if options.json is not None:
+            rows = [asdict(row) | row.derived() for row in measured]
+            report = {"machine": facts, "options": asdict(options), "rows": rows}
+            report |= {"asked": asked, "summary": summary(measured)}
+            options.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+
+    with use_table(given) if given else contextlib.nullcontext():
+        for line in lines_within(bandwidth, table, options, started):
+            if line is None:
+                write()
+            else:
+                print(line, flush=True)
+                measured.append(line)
+    write()
+    print(*summary(measured), sep="\n")
+    if len(measured) < asked:
+        print(f"{len(measured)} of {asked} products: the {options.seconds:g} seconds are over")
 
 
 if __name__ == "__main__":
