@@ -17,7 +17,7 @@ from esparse_jax.files import (
     write_json,
 )
 from esparse_jax.inference import Perplexity, generate, perplexity
-from esparse_jax.models.surgery import sparsify_model
+from esparse_jax.models.surgery import choose_forms, sparsify_model
 from esparse_jax.pipeline import (
     LayerRecord,
     PruneProgress,
@@ -63,7 +63,18 @@ from esparse_jax.pruning import (
     update_stats,
     wanda_metric,
 )
-from esparse_jax.sparse import Compressed24, compress24, decompress24, sparse_matmul
+from esparse_jax.sparse import (
+    Compressed24,
+    TuningTable,
+    choose_form,
+    compress24,
+    decompress24,
+    load_table,
+    save_table,
+    sparse_matmul,
+    tune_shape,
+    use_table,
+)
 
 __all__ = [
     "SHUFFLES",
@@ -78,12 +89,15 @@ __all__ = [
     "PruneProgress",
     "PruneReport",
     "Pruned",
+    "TuningTable",
     "amplitude",
     "assignment_shuffle",
     "calibrate_block",
     "calibration_windows",
     "channel_shuffle",
     "check_output",
+    "choose_form",
+    "choose_forms",
     "compress24",
     "compress_checkpoint",
     "decompress24",
@@ -98,6 +112,7 @@ __all__ = [
     "init_stats",
     "is_nm",
     "load_model",
+    "load_table",
     "local_block_shuffle",
     "magnitude_metric",
     "merge_gram",
@@ -115,13 +130,16 @@ __all__ = [
     "retained_metric",
     "row_errors",
     "save_model",
+    "save_table",
     "shuffle_heads",
     "shuffle_residual",
     "sparse_matmul",
     "sparsify_model",
+    "tune_shape",
     "update_gram",
     "update_range",
     "update_stats",
+    "use_table",
     "verify_checkpoint",
     "wanda_metric",
     "write_json",
