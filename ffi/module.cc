@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <initializer_list>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -132,6 +133,8 @@ PYBIND11_MODULE(_esparse_ffi, module) {
   // As CMake has them: "80-real 90", and nvcc's version.
   module.attr("CUDA_ARCHITECTURES") = ESPARSE_CUDA_ARCHITECTURES;
   module.attr("CUDA_TOOLKIT") = ESPARSE_CUDA_TOOLKIT;
+  module.attr("FFI_API_VERSION") =
+      std::to_string(XLA_FFI_API_MAJOR) + "." + std::to_string(XLA_FFI_API_MINOR);
   module.def("registrations", &Registrations);
   module.def("record_registration", &RecordRegistration);
   module.def("types",

@@ -90,17 +90,19 @@ def _versions() -> Section:
     versions |= {name: _version(name) for name in _PACKAGES}
     text = ", ".join(f"{name} {version or 'not found'}" for name, version in versions.items())
     built = build()
-    mend = None
+    mend, found = None, f"{built.file}, for XLA's FFI {built.ffi_api}"
     if built.file is None:
+        found = "not built"
         mend = (
             "the compiled extension is missing, so every product runs in plain JAX. Build it with "
             "`pip install .` and a C++17 compiler (BUILD.md)."
         )
     findings = [
         Finding("versions", text),
-        Finding("extension", built.file or "not built", mend),
+        Finding("extension", found, mend),
     ]
-    return findings, {"versions": versions, "extension": built.file}
+    extension = {"file": built.file, "ffi_api": built.ffi_api}
+    return findings, {"versions": versions, "extension": extension}
 
 
 def _version(name: str) -> str | None:

@@ -101,19 +101,18 @@ def table_lines(
 
 
 def _line(record: Record) -> str:
-    def time(microseconds: float | None) -> str:
-        return "-" if microseconds is None else f"{microseconds:.2f}"
-
-    decode, library = record.decode, record.cusparselt
-    marked = "*" if decode is not None and decode.plan is not None else ""
-    algorithm = ""
-    if library is not None:
-        split = library.algorithm.split_k
-        algorithm = f"{library.algorithm.id}" + (f", split_k {split}" if split else "")
-    both = record.dense is not None and record.sparse is not None
-    ratio = f"{record.dense / record.sparse:.2f}" if both else "-"
+    decode, library, algorithm = "-", "-", ""
+    if record.decode is not None:
+        own_plan = record.decode.plan is not None
+        decode = f"{record.decode.microseconds:.2f}" + ("*" if own_plan else "")
+    if record.cusparselt is not None:
+        library = f"{record.cusparselt.microseconds:.2f}"
+        chosen = record.cusparselt.algorithm
+        algorithm = f"{chosen.id}" + (f", split_k {chosen.split_k}" if chosen.split_k else "")
+    dense, sparse = record.dense, record.sparse
+    ratio = "-" if dense is None or sparse is None else f"{dense / sparse:.2f}"
     return (
-        f"{f'{record.out}x{record.channels}':>15s} {record.rows:6d} {time(record.dense):>9s} "
-        f"{time(decode and decode.microseconds) + marked:>9s} "
-        f"{time(library and library.microseconds):>11s}  {algorithm:<16s} {ratio:>11s}"
+        f"{f'{record.out}x{record.channels}':>15s} {record.rows:6d} "
+        f"{'-' if dense is None else f'{dense:.2f}':>9s} {decode:>9s} {library:>11s}  "
+        f"{algorithm:<16s} {ratio:>11s}"
     )

@@ -134,7 +134,7 @@ def seconds(call: Callable[[], object], *, batches: int = 7, least_seconds: floa
     repeats = math.ceil(least_seconds / (time.perf_counter() - start))
     times = []
     for _ in range(batches):
-        start = time.perf_counter()
+        start, result = time.perf_counter(), None
         for _ in range(repeats):
             result = call()
         jax.block_until_ready(result)

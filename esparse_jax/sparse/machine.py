@@ -56,6 +56,8 @@ class Build(NamedTuple):
 
     Attributes:
         file: Where it is; None where there is none.
+        ffi_api: Version of XLA's FFI that it was compiled for, "0.3"; jaxlib refuses later ones
+            than its own.
         cpu_levels: Instruction-set levels of the CPU's product that this processor runs, best
             first.
         cuda_toolkit: The version that its CUDA part was compiled with; None without that part.
@@ -64,6 +66,7 @@ class Build(NamedTuple):
     """
 
     file: str | None
+    ffi_api: str | None
     cpu_levels: tuple[str, ...]
     cuda_toolkit: str | None
     cuda_code: tuple[str, ...]
@@ -89,7 +92,7 @@ def build() -> Build:
     """What the extension of this installation holds. Touches no device."""
     extension = native.extension()
     if extension is None:
-        return Build(None, (), None, ())
+        return Build(None, None, (), None, ())
     code = []
     for name in extension.CUDA_ARCHITECTURES.split():  # CMake's: 90 is both, 90-real, 90-virtual
         number, _, kind = name.partition("-")
@@ -97,7 +100,13 @@ def build() -> Build:
             code.append(f"sm_{number}")
         if kind != "real":
             code.append(f"PTX of sm_{number}")
-    return Build(extension.__file__, _ffi.cpu_levels(), extension.CUDA_TOOLKIT or None, tuple(code))
+    return Build(
+        extension.__file__,
+        extension.FFI_API_VERSION,
+        _ffi.cpu_levels(),
+        extension.CUDA_TOOLKIT or None,
+        tuple(code),
+    )
 
 
 class LibraryFacts(NamedTuple):

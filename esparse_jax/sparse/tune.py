@@ -165,6 +165,9 @@ def tune_shape(
 ) -> TuningTable:
     """Measures the products of one shape on this machine's GPU, in a child process.
 
+    This process touches no device, and should not have done so before: what JAX sets aside on a GPU
+    when it first uses it is most of its memory, and the child has what is left.
+
     Args:
         shape: `(out, channel)` of the weight, multiples of 64 (of 16: by cuSPARSELt alone).
         dtype: float16 or bfloat16.
@@ -399,9 +402,9 @@ class _Search:
             return self._fail(rows, candidate, answer["failed"])
         if "refused" in answer:
             if candidate.kind == "dense" or candidate == Candidate("decode"):
-                self._failed[candidate] = f"with {rows} rows: {answer['refused']}"
+                self._failed[candidate] = _reason(rows, answer["refused"])
             return None
-        microseconds = float(answer["microseconds"])
+        microseconds = round(float(answer["microseconds"]), 3)
         if not 0 < microseconds < float("inf"):
             return self._fail(rows, candidate, f"the impossible time of {microseconds} us")
         self._workspaces[rows, candidate] = answer.get("workspace_bytes", 0)
@@ -409,7 +412,7 @@ class _Search:
 
     def _fail(self, rows: int, candidate: Candidate, reason: str) -> None:
         """Notes a failure; the next candidate gets a new child."""
-        self._failed[candidate] = f"with {rows} rows: {reason}"
+        self._failed[candidate] = _reason(rows, reason)
         _LOGGER.info("%dx%d: %s: %s", *self._shape, candidate, self._failed[candidate])
         self.close()
         self._restarts += 1
@@ -435,6 +438,12 @@ class _Search:
             }
             self._child = _Child(self._worker, job, self._limits.start)
         return self._child
+
+
+def _reason(rows: int, text: str) -> str:
+    """A failure as it is kept: on one line that can be read."""
+    line = " ".join(text.split())
+    return f"with {rows} rows: {line if len(line) <= 200 else line[:197] + '...'}"
 
 
 def _library_rows(rows: int) -> int:

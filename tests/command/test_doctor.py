@@ -47,6 +47,7 @@ def extension(code="80-real 86-real 89-real 90", toolkit="13.0.88"):
     return SimpleNamespace(
         CUDA_ARCHITECTURES=code,
         CUDA_TOOLKIT=toolkit,
+        FFI_API_VERSION="0.3",
         HAS_CUDA=bool(toolkit),
         CUDA_RECORDED_TARGET=None,
         __file__="/site/_esparse_ffi.so",
@@ -132,6 +133,7 @@ def test_with_a_gpu_and_everything(built, with_gpu, tmp_path, capsys):
     assert run("--json", tmp_path / "doctor.json") == 0
     found = said(capsys)
     assert found["devices"] == "2 x gpu NVIDIA H200 (compute capability 9.0)"
+    assert found["extension"] == "/site/_esparse_ffi.so, for XLA's FFI 0.3"
     assert found["CPU levels"] == "avx2, portable"
     assert found["CUDA part"] == (
         "CUDA 13.0.88, for sm_80, sm_86, sm_89, sm_90, PTX of sm_90; compiled, not run: sm_80, "
@@ -212,7 +214,7 @@ def test_jax_that_does_not_start_is_a_finding(monkeypatch, tmp_path, capsys):
     ],
 )
 def test_which_gpus_a_build_runs_on(code, runs, does_not):
-    build = Build("file", (), "13.0", code)
+    build = Build("file", "0.3", (), "13.0", code)
     assert all(build.runs_on(capability) for capability in runs)
     assert not any(build.runs_on(capability) for capability in does_not)
 
@@ -222,4 +224,6 @@ def test_code_is_read_as_cmake_names_it(built):
     code = machine_file.build().cuda_code
     assert code == ("sm_80", "sm_86", "PTX of sm_86", "PTX of sm_90", "sm_90a")
     built(extension("", ""))
-    assert machine_file.build() == Build("/site/_esparse_ffi.so", ("avx2", "portable"), None, ())
+    assert machine_file.build() == Build(
+        "/site/_esparse_ffi.so", "0.3", ("avx2", "portable"), None, ()
+    )

@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 
+import fake_cusparselt
 import pytest
 
 from esparse_jax.command import cli
@@ -137,6 +138,22 @@ def test_the_limit_of_a_candidate_is_handed_on(monkeypatch, capsys):
     assert run("--shape", "512x256", "--seconds", 3, "--rows", 1, 16) == 2
     assert asked["limits"] == Limits(candidate=3.0)
     assert asked["rows"] == (1, 16)
+
+
+def test_the_command_itself_touches_no_device(worker):
+    """What it held of a GPU, the child that measures would lack."""
+    program = f"""
+        import functools, sys
+        from jax._src import xla_bridge
+        from esparse_jax.command import cli
+        command = (sys.executable, "-m", "fake_tune_worker", {str(worker)!r})
+        cli.tune_shape = functools.partial(cli.tune_shape, worker=command)
+        try:
+            cli.main(["tune", "--shape", "512x256", "--rows", "64"])
+        except SystemExit as stopped:
+            print(stopped.code, xla_bridge.backends_are_initialized())
+    """
+    assert fake_cusparselt.run(program).splitlines()[-1] == "0 False"
 
 
 # ---- what is asked for
