@@ -1,5 +1,6 @@
 """The search's logic, with a child process that answers as a script says; and the child's, here."""
 
+import ctypes
 import dataclasses
 import json
 import logging
@@ -19,11 +20,15 @@ from esparse_jax.sparse import (
     Machine,
     SplitKMode,
     TuneProgress,
+    _ffi_cuda,
+    _ffi_cusparselt,
+    blob24,
     tune_shape,
 )
 from esparse_jax.sparse import tune as tune_file
 from esparse_jax.sparse._timing import Chain, chain_rotation, random_24, rotation
-from esparse_jax.sparse.compress import check24
+from esparse_jax.sparse._tune_worker import Bench
+from esparse_jax.sparse.compress import check24, compress24
 from esparse_jax.sparse.table import DecodeTime, LibraryTime
 from esparse_jax.sparse.tune import decode_plans, library_algorithms, rows_left
 
@@ -403,6 +408,121 @@ def test_random_weights_keep_two_of_four():
 
 
 # ---- the child itself, as far as it goes without a GPU
+
+
+class Timers:
+    """Stand for the extension's timers: write a product over y, and say how long it took."""
+
+    def __init__(self, bench, times, product=lambda x, weight: x @ weight.T):
+        self.calls, self._bench, self._times, self._product = [], bench, iter(times), product
+
+    def write(self, rows, y, launches, replays, copies) -> float:
+        self.calls.append((copies, launches, replays))
+        x, weight = (
+            np.asarray(a, np.float32) for a in (self._bench._x[:rows], self._bench._weight)
+        )
+        product = np.asarray(self._product(x, weight)).astype(self._bench._dtype)
+        memory = (ctypes.c_uint16 * product.size).from_address(y)
+        np.ctypeslib.as_array(memory)[:] = product.view(np.uint16).reshape(-1)
+        return next(self._times)
+
+    def decode_time(self, *, rows, y, launches, replays, copies, **rest):
+        assert (rest["plan"], rest["prefetch"]) == ([3, 0, 0, 0, 0, 0], False)
+        return self.write(rows, y, launches, replays, copies)
+
+    def time_candidate(self, x, blobs, *, y, launches, replays, algorithm, **rest):
+        assert algorithm.workspace_bytes == 48
+        rows, copies = x.shape[0], blobs.shape[0]
+        return self.write(rows, y.unsafe_buffer_pointer(), launches, replays, copies)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """On the CPU, where the timers have to be replaced."""
+    job = {"out": 4096, "channels": 8192, "dtype": "bfloat16", "rows": [1, 16], "platform": "cpu"}
+    bench = Bench(job)
+    bench._blob = blob24(compress24(bench._weight))
+    bench._all_blobs = bench._blobs = bench._blob.data[None]
+    return bench
+
+
+DECODE = {"kind": "decode", "plan": {"tiles": 3}}
+
+
+def test_a_candidate_is_checked_and_then_timed(bench, monkeypatch):
+    for rows, best in ((1, None), (16, 40.0)):
+        timers = Timers(bench, [50.0, 12.0])
+        monkeypatch.setattr(_ffi_cuda, "_extension", lambda: timers)  # noqa: B023
+        bench.make_operands(rows)
+        answer = bench.run(rows, DECODE, thorough=False, best=best)
+        assert answer == {"microseconds": 12.0}
+        # A launch on one copy, whose numbers count; then 1 ms of them on copies of 300 MB.
+        assert timers.calls == [(1, 1, 1), (8, 20, 2)]
+    timers = Timers(bench, [50.0, 12.0])
+    assert bench.run(16, DECODE, thorough=True, best=None) == {"microseconds": 12.0}
+    assert timers.calls[1] == (8, 96, 7)
+    timers = Timers(bench, [20000.0, 19000.0])
+    bench.run(16, DECODE, thorough=True, best=None)
+    assert timers.calls[1] == (8, 8, 3)
+
+
+def test_a_hopeless_candidate_is_not_timed_twice(bench, monkeypatch):
+    timers = Timers(bench, [101.0, 99.0])
+    monkeypatch.setattr(_ffi_cuda, "_extension", lambda: timers)
+    bench.make_operands(1)
+    assert bench.run(1, DECODE, thorough=False, best=40.0) == {"microseconds": 101.0}
+    assert timers.calls == [(1, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda y: np.full_like(y, np.nan),
+        lambda y: np.zeros_like(y),
+        lambda y: y * 1.02,
+        lambda y: np.where(np.arange(y.shape[1]) == 77, y + 0.5, y),  # one column
+        lambda y: np.where(np.arange(y.shape[0])[:, None] == 9, np.inf, y),  # one row
+        lambda y: y[::-1],
+        lambda y: y[:15],  # the last row is not written
+    ],
+)
+def test_wrong_numbers_are_found(bench, monkeypatch, wrong):
+    timers = Timers(bench, [50.0, 12.0], lambda x, weight: wrong(x @ weight.T))
+    monkeypatch.setattr(_ffi_cuda, "_extension", lambda: timers)
+    bench.make_operands(16)
+    answer = bench.run(16, DECODE, thorough=False, best=None)
+    assert list(answer) == ["wrong"]
+    assert not answer["wrong"] <= 1
+    assert len(timers.calls) == 1
+
+
+def test_sums_in_another_order_are_no_wrong_numbers(bench, monkeypatch):
+    def in_slices(x, weight):
+        return sum(x[:, i::8] @ weight[:, i::8].T for i in range(8))
+
+    timers = Timers(bench, [50.0, 12.0], in_slices)
+    monkeypatch.setattr(_ffi_cuda, "_extension", lambda: timers)
+    bench.make_operands(16)
+    assert bench.run(16, DECODE, thorough=False, best=None) == {"microseconds": 12.0}
+
+
+def test_the_library_is_asked_for_its_workspace_first(bench, monkeypatch):
+    def describe(*, rows, out, channels, dtype, algorithm):
+        if algorithm.id == 9:
+            raise RuntimeError("operation not supported")
+        assert (rows, out, channels, dtype.name) == (16, 4096, 8192, "bfloat16")
+        return _ffi_cusparselt.PlanFacts(4, algorithm, 0, 48)
+
+    timers = Timers(bench, [50.0, 12.0])
+    monkeypatch.setattr(_ffi_cusparselt, "describe_plan", describe)
+    monkeypatch.setattr(_ffi_cusparselt, "time_candidate", timers.time_candidate)
+    bench.make_operands(16)
+    options = {"thorough": False, "best": None}
+    candidate = {"kind": "cusparselt", "id": 3, "split_k": -1}
+    assert bench.run(16, candidate, **options) == {"microseconds": 12.0, "workspace_bytes": 48}
+    refused = bench.run(16, candidate | {"id": 9}, **options)
+    assert refused == {"refused": "operation not supported"}
+    assert bench.works()
 
 
 def _run_worker(*lines) -> tuple[list[dict], str, int]:
