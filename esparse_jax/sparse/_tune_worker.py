@@ -105,7 +105,7 @@ class Bench:
         """Makes x, and copies of the weight that leave the caches behind."""
         if self._rows == rows:
             return
-        self._rows = rows
+        self._rows = 0
         self._operand = jax.block_until_ready(self._x[:rows])
         if self._blob is not None:
             data = self._blob.data
@@ -113,6 +113,7 @@ class Bench:
             if copies > self._all_blobs.shape[0]:
                 self._all_blobs = jnp.tile(data[None], (copies, 1))
             self._blobs = jax.block_until_ready(self._all_blobs[:copies])
+        self._rows = rows
 
     def _count_algorithms(self) -> int:
         try:
@@ -270,9 +271,15 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         rows, candidate = request.pop("rows"), request.pop("candidate")
-        bench.make_operands(rows)
+        refused = None
+        try:
+            bench.make_operands(rows)
+        except Exception as error:  # of memory that is missing, above all
+            refused = error
         report(begin=candidate)
         try:
+            if refused is not None:
+                raise refused
             found = bench.run(rows, candidate, **request)
         except Exception as error:
             works = bench.works()

@@ -83,7 +83,7 @@ class Record:
         rows: Of x, one of `BUCKETS`.
         dense: Microseconds of XLA's dot with the dense weight.
         decode, cusparselt: The two ways from the device form; None where there is none, or where no
-            candidate came to right numbers.
+            candidate came to right numbers. The library's is that of x padded to a multiple of 8.
         failed: Candidates that crashed, hung or computed wrong numbers, and which of these.
     """
 
@@ -199,7 +199,8 @@ def table_file(machine: Machine) -> Path:
 def save_table(table: TuningTable, path: PathLike | None = None) -> Path:
     """Writes a table, together with the records that are in the file already and not in the table.
 
-    The file is replaced in one go: whoever reads it meanwhile sees the old or the new one.
+    The file is replaced in one go: whoever reads it meanwhile sees the old or the new one. Of two
+    processes that save at the same moment, the later one wins.
 
     Args:
         path: None is `table_file` of its machine.

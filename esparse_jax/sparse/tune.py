@@ -51,7 +51,7 @@ from .table import BUCKETS, DecodeTime, LibraryTime, Record, TuningTable
 
 _LOGGER = logging.getLogger(__name__)
 
-WORKER = (sys.executable, "-m", "esparse_jax.sparse._tune_worker")
+WORKER = (sys.executable, "-P", "-m", "esparse_jax.sparse._tune_worker")
 # How many of a kind are timed again, how often, and the least that counts as a difference.
 _FINALISTS, _ROUNDS, _NOISE = 4, 3, 0.02
 # Below so many outputs, segment-K was reported to hang on Hopper (vllmbench, cuSPARSELt 0.7.1).
@@ -266,9 +266,9 @@ class _Search:
 
     def close(self) -> None:
         """Ends the child."""
-        if self._child is not None:
-            self._child.close()
-            self._child = None
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()
 
     def _record(self, rows: int) -> Record:
         dense = self._time(rows, Candidate("dense"))
@@ -363,7 +363,9 @@ class _Search:
                 if microseconds is not None:
                     times.append(microseconds)
         return {
-            candidate: times for candidate, times in found.items() if candidate not in self._failed
+            candidate: times
+            for candidate, times in found.items()
+            if times and candidate not in self._failed
         }
 
     def _time(
@@ -466,16 +468,17 @@ class _Child:
         environment = os.environ | {
             # Its GPU is for copies of weights, not for a pool that is taken before they are made.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
         }
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the child
+        text = {"encoding": "utf-8", "errors": "replace"}
+        self._errors = tempfile.TemporaryFile("w+", **text)  # noqa: SIM115, closed with the child
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=environment,
-            text=True,
+            **text,
         )
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -521,10 +524,12 @@ class _Child:
                 stream.close()
 
     def _read(self) -> None:
-        with contextlib.suppress(ValueError, OSError):  # closed at the end
-            for line in self._process.stdout:
-                self._lines.put(line)
-        self._lines.put(None)
+        try:
+            with contextlib.suppress(ValueError, OSError):  # closed at the end
+                for line in self._process.stdout:
+                    self._lines.put(line)
+        finally:
+            self._lines.put(None)
 
     def _send(self, fields: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # it is dead: its output says so
@@ -549,7 +554,10 @@ class _Child:
                 return report
 
     def _last_words(self) -> str:
-        status = self._process.wait()
+        try:
+            status = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return "the process closed its output"
         how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]

@@ -25,6 +25,7 @@ from esparse_jax.sparse import (
     blob24,
     tune_shape,
 )
+from esparse_jax.sparse import _tune_worker as worker_file
 from esparse_jax.sparse import tune as tune_file
 from esparse_jax.sparse._timing import Chain, chain_rotation, random_24, rotation
 from esparse_jax.sparse._tune_worker import Bench
@@ -239,6 +240,15 @@ def test_a_bad_candidate_costs_itself_alone(worker, answer, reason):
     coarse = [(line["rows"], line["name"]) for line in worker.asked() if not line["thorough"]]
     assert len(coarse) == len(set(coarse)) == 7 + 6
     assert (128, bad) not in coarse
+
+
+def test_what_is_refused_when_it_is_measured_again_does_not_win(worker):
+    worker.write({"cusparselt, id 0": [3.0, {"refused": "no room"}], "cusparselt, id 2": 7.0})
+    (record,) = worker.tune([64]).values()
+    assert record.cusparselt.algorithm == Algorithm(2, workspace_bytes=0)
+    worker.write({"dense": 5.0}, default=[3.0, {"refused": "no room"}])
+    (record,) = worker.tune([64]).values()
+    assert record.cusparselt is None
 
 
 def test_what_fails_when_it_is_measured_again_does_not_win(worker):
@@ -542,17 +552,26 @@ def test_the_child_reports_before_and_after(monkeypatch):
     job = {"out": 64, "channels": 128, "dtype": "float16", "rows": [1, 32], "platform": "cpu"}
     dense = {"candidate": {"kind": "dense"}, "thorough": False, "best": None}
     decode = dense | {"candidate": {"kind": "decode", "plan": {"tiles": 1}}}
-    reports, _, status = _run_worker(
-        job, dense | {"rows": 1}, dense | {"rows": 32}, decode | {"rows": 1}
-    )
+    reports, _, status = _run_worker(job, decode | {"rows": 32}, dense | {"rows": 1})
     assert status == 0
-    assert [next(iter(line)) for line in reports] == ["ready", *["begin", "end"] * 3]
+    assert [next(iter(line)) for line in reports] == ["ready", *["begin", "end"] * 2]
     facts = reports[0]["ready"]
     assert (facts["decode"], facts["cusparselt"], facts["algorithms"]) == (False, None, 0)
-    assert reports[2]["microseconds"] > 0
+    assert reports[1]["begin"] == reports[2]["end"] == decode["candidate"]
+    assert "refused" in reports[2]  # there are no blobs, and the process goes on
     assert reports[4]["microseconds"] > 0
-    assert reports[5]["begin"] == decode["candidate"]
-    assert "refused" in reports[6]  # there are no blobs, and the process goes on
+
+
+def test_operands_that_do_not_fit_are_a_refusal(bench, monkeypatch):
+    """So that the next number of rows is measured by the same child."""
+    monkeypatch.setattr(worker_file, "rotation", lambda *_: 10**9)
+    bench._rows = 0
+    with pytest.raises(Exception, match=r"(?i)out of memory|resource|overflow|too large"):
+        bench.make_operands(16)
+    assert bench.works()
+    monkeypatch.undo()
+    bench.make_operands(16)
+    assert bench._blobs.shape[0] == 8
 
 
 def test_the_child_says_that_there_is_no_gpu(monkeypatch):
