@@ -1,7 +1,5 @@
 #include "cuda/handlers.h"
 
-#include <cuda_runtime_api.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -12,6 +10,7 @@
 
 #include "cuda/decode.h"
 #include "cuda/decode_args.h"
+#include "cuda/errors.h"
 #include "status.h"
 #include "xla/ffi/api/ffi.h"
 #ifdef ESPARSE_CUBINS
@@ -21,12 +20,6 @@
 
 namespace esparse::cuda {
 namespace {
-
-ffi::Error ToError(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string(what) + " failed on this GPU: " +
-                              cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ").");
-}
 
 ffi::Error CheckMatrix(const char* name, const ffi::AnyBuffer& buffer, int64_t rows,
                        int64_t columns, ffi::DataType dtype) {
@@ -319,7 +312,7 @@ ffi::Error Chain24Impl(cudaStream_t stream, ffi::RemainingArgs arguments,
   return ffi::Error::Success();
 }
 
-ffi::Error ToError(const XLA_FFI_Api* api, XLA_FFI_Error* error, const char* what) {
+ffi::Error TakeError(const XLA_FFI_Api* api, XLA_FFI_Error* error, const char* what) {
   if (error == nullptr) return ffi::Error::Success();
   std::string text = std::string(what) + ": " + ffi::internal::GetErrorMessage(api, error);
   ffi::internal::DestroyError(api, error);
@@ -343,8 +336,8 @@ ffi::Error Record24Impl(record::Recorder recorder, ffi::RemainingArgs arguments,
     ESPARSE_RETURN_IF_ERROR(ToError(status, "asking for the compute capability"));
   }
   if (major != kCubinMajor || minor != kCubinMinor || (fusion & kPermute)) {
-    return ToError(recorder.ffi, frame.api->request_stream_capture(frame.context),
-                   "XLA's request_stream_capture");
+    return TakeError(recorder.ffi, frame.api->request_stream_capture(frame.context),
+                     "XLA's request_stream_capture");
   }
   KernelLaunch launch;
   const Start start = prefetch ? Start::kPrefetch : Start::kEarly;
@@ -368,9 +361,9 @@ ffi::Error Record24Impl(record::Recorder recorder, ffi::RemainingArgs arguments,
     if (*frame.num_commands != 1) {
       return ffi::Error::Internal("XLA updates a recorded 2:4 product that has no single command.");
     }
-    return ToError(recorder.ffi,
-                   frame.api->update_launch(frame.context, frame.commands[0], &kernel_args),
-                   "XLA's update_launch");
+    return TakeError(recorder.ffi,
+                     frame.api->update_launch(frame.context, frame.commands[0], &kernel_args),
+                     "XLA's update_launch");
   }
   if (*frame.num_commands >= frame.max_commands) {
     return ffi::Error::Internal("XLA gives a recorded 2:4 product no room for its command.");
@@ -378,7 +371,7 @@ ffi::Error Record24Impl(record::Recorder recorder, ffi::RemainingArgs arguments,
   const Cubin cubin = DecodeCubin(product.dtype);
   const record::LaunchDims dims = {{launch.grid, 1, 1}, {launch.threads, 1, 1}, {0, 0, 0}};
   const record::Command* command = nullptr;
-  ESPARSE_RETURN_IF_ERROR(ToError(
+  ESPARSE_RETURN_IF_ERROR(TakeError(
       recorder.ffi,
       frame.api->create_launch(frame.context, launch.name, cubin.data,
                                static_cast<int64_t>(cubin.size), record::SourceFormat::kCubin, dims,

@@ -1,6 +1,6 @@
 #include <cstdint>
-#include <string>
 
+#include "cuda/errors.h"
 #include "cuda/handlers.h"
 #include "cuda/max_sum.h"
 #include "status.h"
@@ -38,10 +38,7 @@ ffi::Error MaxSumImpl(cudaStream_t stream, ffi::AnyBuffer left, ffi::AnyBuffer r
                           l[1],
                           l[2],
                           r[2]};
-  const cudaError_t status = LaunchMaxSum(product, stream);
-  if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("the max-sum product failed on this GPU: ") +
-                              cudaGetErrorString(status) + ".");
+  return ToError(LaunchMaxSum(product, stream), "the max-sum product");
 }
 
 }  // namespace

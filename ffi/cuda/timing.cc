@@ -2,23 +2,15 @@
 
 #include <algorithm>
 #include <memory>
-#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "cuda/errors.h"
 #include "status.h"
 
 namespace esparse::cuda {
 namespace {
-
-ffi::Error ToError(cudaError_t status, const char* call) {
-  if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string(call) + " failed: " + cudaGetErrorString(status) + " (" +
-                              cudaGetErrorName(status) + ").");
-}
-
-#define ESPARSE_CUDA_CALL(name, ...) ESPARSE_RETURN_IF_ERROR(ToError(name(__VA_ARGS__), #name))
 
 // Owners of the runtime's objects.
 template <typename Object, cudaError_t (*destroy)(Object)>

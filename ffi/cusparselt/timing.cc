@@ -2,21 +2,13 @@
 
 #include <cuda_runtime_api.h>
 
-#include <string>
 #include <utility>
 
+#include "cuda/errors.h"
 #include "cuda/timing.h"
 
 namespace esparse::cusparselt {
 namespace {
-
-ffi::Error ToError(cudaError_t status, const char* call) {
-  if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string(call) + " failed: " + cudaGetErrorString(status) + " (" +
-                              cudaGetErrorName(status) + ").");
-}
-
-#define ESPARSE_CUDA_CALL(name, ...) ESPARSE_RETURN_IF_ERROR(ToError(name(__VA_ARGS__), #name))
 
 // Makes a GPU current, and the one before again at the end.
 class CurrentDevice {
