@@ -35,6 +35,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from esparse_jax import atomic
 from esparse_jax.files.tensors import TensorFiles, read_tensors, write_tensors
 from esparse_jax.models.llama import LAYERS_PATH, PRUNED_GROUPS, LlamaConfig
 
@@ -317,15 +318,7 @@ def write_json(path: PathLike, values: Mapping[str, Any]) -> None:
 
     JSON has no infinity and no NaN; both become null.
     """
-    path = Path(path)
-    text = json.dumps(_plain_values(values), indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    atomic.write_text(path, json.dumps(_plain_values(values), indent=2, allow_nan=False) + "\n")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -26,13 +26,14 @@ import math
 import os
 import re
 import statistics
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from esparse_jax import atomic
 
 from . import _ffi_cuda
 from ._ffi_cusparselt import UNIT, Algorithm
@@ -212,13 +213,7 @@ def save_table(table: TuningTable, path: PathLike | None = None) -> Path:
     if file.exists():
         table = merge_tables(load_table(file), table)
     text = json.dumps(_to_json(table), indent=1, allow_nan=False) + "\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
+    atomic.write_text(file, text)
     return file
 
 
