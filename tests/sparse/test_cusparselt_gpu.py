@@ -115,7 +115,7 @@ def test_infinity_and_nan_reach_the_outputs_that_keep_their_channel(dtype):
     blob, kept = device_blob24(compress24(weight)), np.asarray(weight, np.float32) != 0
     x = random_x(20, 128, dtype=dtype).at[0, 3].set(jnp.inf).at[19, 5].set(jnp.nan)
     y = np.asarray(by_library(x, blob), np.float32)
-    np.testing.assert_array_equal(np.isinf(y[0]), kept[:, 3])
+    np.testing.assert_array_equal(np.isinf(y[0]), kept[:, 3], str(y[0]))
     np.testing.assert_array_equal(np.isnan(y[19]), kept[:, 5])
     assert np.all(np.isfinite(y[1:19]))
 
