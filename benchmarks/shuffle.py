@@ -7,7 +7,7 @@ not the model. Scores are S = exp(N(0, 1) + 0.7 N(0, 1) per channel), numpy's de
     python benchmarks/shuffle.py                              # efficacy on this machine's device
     python benchmarks/shuffle.py --parts efficacy products shapes model   # all of it, on a GPU
 
-Prints one table per part and writes all of them as JSON.
+Prints one table per part.
 """
 
 import json
@@ -64,7 +64,8 @@ class Arguments:
     layers: int = 32
     """Layers of the model part."""
     repeats: int = 3
-    output: Path = Path("benchmarks/results/shuffle.json")
+    json: Path | None = None
+    """Also write all tables here."""
 
 
 def synthetic_scores(channels: int, rows: int) -> np.ndarray:
@@ -306,13 +307,12 @@ def main(arguments: Arguments):
     pattern = NMPattern.parse(arguments.pattern)
     device = jax.devices()[0]
     report = {
-        "arguments": asdict(arguments) | {"output": str(arguments.output)},
+        "arguments": {name: v for name, v in asdict(arguments).items() if name != "json"},
         "device": device.device_kind,
         "platform": device.platform,
         "jax": jax.__version__,
     }
     print(f"{device.device_kind}, jax {jax.__version__}, {pattern}", flush=True)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for part in arguments.parts:
         start = time.perf_counter()
         if part == "efficacy":
@@ -328,7 +328,8 @@ def main(arguments: Arguments):
             print()
             report[part] = model(arguments, pattern)
         print(f"({part}: {time.perf_counter() - start:.0f} s)", flush=True)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")  # kept if a part fails
+        if arguments.json is not None:  # what there is is kept if a part fails
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

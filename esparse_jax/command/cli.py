@@ -1,6 +1,7 @@
 """The `esparse` command: one frozen dataclass per verb, a few lines each over the rooms above."""
 
 import dataclasses
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.filesize import decimal
 from rich.progress import Progress as Bar
 
 from esparse_jax.command.doctor import examine
-from esparse_jax.command.tuning import table_lines, wanted
+from esparse_jax.command.tuning import asked_for, record_lines, wanted
 from esparse_jax.files import (
     Conversion,
     calibration_windows,
@@ -62,10 +63,21 @@ def compute_dtype(choice: Dtype) -> str | None:
 
 
 def bar(title: str) -> tuple[Bar, Callable[[int, int], None]]:
-    """A progress bar on a terminal, silence elsewhere."""
-    shown = Bar(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+    """Progress: a bar on a terminal, elsewhere a line on stderr for every tenth of the work."""
+    terminal = sys.stderr.isatty()
+    shown = Bar(console=Console(stderr=True), disable=not terminal, transient=True)
     task = shown.add_task(title, total=None)
-    return shown, lambda done, total: shown.update(task, completed=done, total=total)
+    tenths = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal tenths
+        shown.update(task, completed=done, total=total)
+        now = 10 * done // max(1, total)
+        if not terminal and now > tenths:
+            tenths = now
+            print(f"{title}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return shown, update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +111,14 @@ class Prune:
     alpha: float = PruneConfig().alpha
     """Weight of the amplitude against the information richness (equation 3)."""
     amplitude: Literal["rms", "l2", "relative"] = PruneConfig().amplitude
+    """Of a channel over the calibration tokens: root mean square, L2 norm, or rms over the layer's
+    mean."""
     num_bins: int = PruneConfig().num_bins
+    """Of the histogram whose entropy is the information richness (equation 2)."""
     bin_span: Literal["channel", "layer", "rms"] = PruneConfig().bin_span
+    """What the bins span: the channel's own range, the layer's, or four root mean squares."""
     block_size: int | None = PruneConfig().block_size
-    """Channels in a block of the shuffle; 256 for `paper` and 1024 for the others if not given."""
-    """Channels in a block of the shuffles paper and strided."""
+    """Channels in a block of `paper` and `strided`; 256 and 1024 if not given."""
     deal: Literal["naive", "snake", "sorted"] | None = PruneConfig().deal
     """How the sorted channels are dealt out, where every search starts; naive for `global` and
     `paper` and sorted for the others if not given."""
@@ -114,15 +129,19 @@ class Prune:
     skip: tuple[str, ...] = ()
     """Linears to leave dense, by checkpoint path or its end, e.g. `down_proj`."""
     num_samples: int = 128
+    """Calibration windows; the paper's 128. Fewer take less time."""
     sequence_length: int | None = None
     """Tokens a window; the least of 2048 and the model's context if not given."""
     batch_size: int = 8
     """Windows a step; counts do not depend on it."""
     seed: int = 0
+    """Which windows are drawn."""
     dtype: Dtype = "auto"
+    """Of the computation; auto: the checkpoint's own on an accelerator, float32 on the CPU."""
     format: Literal["hf", "compressed"] = "hf"
     """hf: zeros in place, any tool opens it. compressed: 2:4 or 1:4 as values and 2-bit indices."""
     overwrite: bool = False
+    """Replace a checkpoint that is there already."""
     json: Path | None = None
     """Also write per-layer records and totals here."""
 
@@ -369,10 +388,12 @@ class Verify:
     pattern: str | None = None
     """N:M; what esparse.json says if not given."""
     json: Path | None = None
+    """Also write what was found here, up to 1,000 groups by name in place of 20."""
 
     def run(self, console: Console) -> int:
         pattern = None if self.pattern is None else NMPattern.parse(self.pattern)
-        result = verify_checkpoint(self.model, pattern)
+        named = 20 if self.json is None else 1000
+        result = verify_checkpoint(self.model, pattern, max_violations=named)
         for violation in result.violations:
             console.print(str(violation), markup=False, highlight=False)
         console.print(result.summary(), markup=False, highlight=False)
@@ -404,6 +425,8 @@ class Tune:
     """Numbers of rows (tokens at once), some of the default."""
     again: bool = False
     """Also measure what the table has already."""
+    json: Path | None = None
+    """Also write the records of these products here."""
     output: Path | None = None
     """File of the table; if not given, the user's own in ~/.cache/esparse_jax/tuning (or below
     $XDG_CACHE_HOME), which is used without being named."""
@@ -441,8 +464,8 @@ class Tune:
             if found.records:
                 save_table(found, self.output)
         table = stored(machine)
-        lines = [] if table is None else table_lines(table, shapes, dtype, self.rows)
-        for line in lines:
+        records = asked_for(table, shapes, dtype, self.rows)
+        for line in record_lines(records):
             console.print(line, markup=False, highlight=False)
         written = self.output or table_file(machine)
         console.print(
@@ -451,6 +474,7 @@ class Tune:
             markup=False,
             highlight=False,
         )
+        finish(self.json, machine._asdict() | {"records": records})
         return 0
 
 
@@ -489,7 +513,16 @@ def finish(path: Path | None, values: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a caller's mistake ends in one line on stderr and exit status 2."""
-    verb = tyro.cli(Verb, args=arguments, prog="esparse", description=__doc__)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"esparse {importlib.metadata.version('esparse-jax')}")
+        return
+    verb = tyro.cli(
+        Verb,
+        args=arguments,
+        prog="esparse",
+        description="One-shot N:M pruning of LLaMA checkpoints; 2:4 models run compressed.",
+    )
     console = Console(soft_wrap=True)
     try:
         status = verb.run(console)
@@ -498,6 +531,9 @@ def main(arguments: list[str] | None = None) -> None:
             f"esparse: {error}", markup=False, highlight=False
         )
         status = 2
+    except KeyboardInterrupt:  # outputs take their place at the very end, so none is half-written
+        print("esparse: interrupted", file=sys.stderr)
+        status = 130
     sys.exit(status)
 
 

@@ -130,7 +130,8 @@ def _devices() -> Section:
     kinds: dict[str, int] = {}
     for value in values:
         capability = f" (compute capability {value['capability']})" if value["capability"] else ""
-        name = f"{value['platform']} {value['kind']}{capability}"
+        kind = "" if value["kind"] == value["platform"] else f" {value['kind']}"
+        name = f"{value['platform']}{kind}{capability}"
         kinds[name] = kinds.get(name, 0) + 1
     text = ", ".join(f"{count} x {name}" for name, count in kinds.items())
     findings = [Finding("devices", text)]

@@ -82,16 +82,22 @@ HEADER = (
 )
 
 
-def table_lines(
-    table: TuningTable, shapes: Iterable[Shape], dtype: str, rows: Iterable[int]
-) -> list[str]:
-    """The records that were asked for, a line each, and what failed in the search."""
+def asked_for(
+    table: TuningTable | None, shapes: Iterable[Shape], dtype: str, rows: Iterable[int]
+) -> list[Record]:
+    """The records of a table that are of these products."""
     shapes, rows = set(shapes), set(rows)
-    records = [
+    return [
         record
-        for record in table.records
+        for record in (() if table is None else table.records)
         if record.dtype == dtype and record.key[1:3] in shapes and record.rows in rows
     ]
+
+
+def record_lines(records: Sequence[Record]) -> list[str]:
+    """Records, a line each below a header, and what failed in the search; nothing of none."""
+    if not records:
+        return []
     failed = {
         f"{record.out}x{record.channels}: {name}: {reason}"
         for record in records

@@ -6,9 +6,12 @@ compressed, saving passes weights on as those of the hf format, one at a time.
 """
 
 import dataclasses
+import importlib
+import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -188,13 +191,13 @@ def load_tokenizer(path: PathLike) -> Any:
     path = require_directory(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None
-    # transformers takes seconds to import, and only text needs it.
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
+    transformers = _transformers()
     try:
         if (path / "tokenizer_config.json").is_file() or not (path / "tokenizer.json").is_file():
-            return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+            return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(path / "tokenizer.json")
+        )
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ValueError(
             f"The tokenizer of {path} cannot be read: {error}. Download its files again; a "
@@ -208,6 +211,23 @@ def load_tokenizer(path: PathLike) -> Any:
         if token is not None:
             setattr(tokenizer, f"{role}_token", token)
     return tokenizer
+
+
+def _transformers() -> ModuleType:
+    """The package, which takes seconds to import and is needed for text alone.
+
+    Without torch it says that its models are not there: nobody asked for them.
+    """
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        if before is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = before
 
 
 def save_model(

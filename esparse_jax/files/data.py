@@ -163,7 +163,7 @@ def evaluation_windows(
     if samples == 0:
         raise ValueError(
             f"The text has {len(tokens)} tokens, fewer than one window of {sequence_length}. Take "
-            f"a longer text or a smaller sequence_length."
+            f"a longer text, or shorter windows with sequence_length."
         )
     return tokens[: samples * sequence_length].reshape(samples, sequence_length).astype(np.int32)
 
@@ -171,9 +171,9 @@ def evaluation_windows(
 def _file(path: PathLike) -> Path:
     path = Path(path)
     if not path.is_file():
+        there = f"{path} is a directory" if path.is_dir() else f"There is no file {path}"
         raise FileNotFoundError(
-            f"There is no file {path}. Give a text (.txt), documents (.jsonl) or token windows "
-            f"(.npy, .npz)."
+            f"{there}. Give a text (.txt), documents (.jsonl) or token windows (.npy, .npz)."
         )
     if path.suffix.lower() in _OTHER_FORMATS:
         raise ValueError(
@@ -221,7 +221,7 @@ def _check_length(path: Path, tokens: Int[np.ndarray, " token"], sequence_length
     if len(tokens) < sequence_length:
         raise ValueError(
             f"{path} has {len(tokens)} tokens, fewer than one window of {sequence_length}. Give a "
-            f"longer text or a smaller sequence_length."
+            f"longer text, or take shorter windows with sequence_length."
         )
 
 
@@ -291,8 +291,8 @@ def _rows_of_array(
     rows, width = array.shape
     if rows < num_samples or width < sequence_length:
         raise ValueError(
-            f"{path} has {rows} windows of {width} tokens; {num_samples} of {sequence_length} were "
-            f"asked for. Give more or longer windows, or a smaller num_samples or sequence_length."
+            f"{path} has {rows} windows of {width} tokens, and {num_samples} of {sequence_length} "
+            f"are to be drawn. Give more or longer ones, or lower num_samples or sequence_length."
         )
     chosen = np.sort(generator.choice(rows, size=num_samples, replace=False))
     starts = generator.integers(0, width - sequence_length + 1, size=num_samples)

@@ -165,8 +165,9 @@ def require_directory(path: PathLike) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
+        there = f"{path} is a file" if path.is_file() else f"There is no directory {path}"
         raise FileNotFoundError(
-            f"There is no directory {path}. Give the checkpoint directory: the one with "
+            f"{there}. Give the checkpoint directory: the one with "
             f"{CONFIG_FILE} and the safetensors files."
         )
     return path

@@ -98,11 +98,14 @@ class VerifyResult:
         ]
         unnamed = self.violation_count - len(self.violations)
         if unnamed:
-            lines.append(f"{unnamed} more violations are not named")
+            lines.append(f"{unnamed} more groups are not {self.pattern} and not named here")
         if self.ok:
             lines.append(f"ok: {checked}, all {self.pattern}")
         elif self.violation_count:
-            lines.append(f"FAILED: {self.violation_count} of {checked} are not {self.pattern}")
+            lines.append(
+                f"FAILED: {self.violation_count} of {self.groups} groups in {self.layers} layers "
+                f"are not {self.pattern}"
+            )
         else:
             lines.append(f"FAILED: {checked} are {self.pattern}, but see above")
         return "\n".join(lines)

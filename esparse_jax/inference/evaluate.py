@@ -51,7 +51,8 @@ def perplexity(
         progress: Called with (windows done, windows in all).
 
     Raises:
-        ValueError: No window, or windows too short to predict anything.
+        ValueError: No window, or windows too short to predict anything, or longer than the model's
+            context.
         FloatingPointError: The model gave a loss that is not finite.
 
     Source: E-Sparse, section 5.1, perplexity on WikiText; the window rule of the published tables.
@@ -61,6 +62,12 @@ def perplexity(
             f"perplexity needs windows [sample, seq] with at least one sample of two tokens; "
             f"got shape {tuple(windows.shape)}. A text shorter than one window gives none: use a "
             f"smaller sequence length or a longer text."
+        )
+    context = model.config.max_position_embeddings
+    if windows.shape[1] > context:
+        raise ValueError(
+            f"The windows have {windows.shape[1]} tokens and the model's context {context}. Take "
+            f"a sequence length of at most that."
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")

@@ -179,9 +179,7 @@ def _check(
     if temperature < 0 or not np.isfinite(temperature):
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or greater.")
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(
-            f"top_k is {top_k}; it must be a whole number of at least 1, or None for every token."
-        )
+        raise ValueError(f"top_k is {top_k}; it must be a whole number of at least 1, or left out.")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be in (0, 1]. 1 keeps every token.")
     vocab_size = model.config.vocab_size

@@ -105,11 +105,9 @@ class TokenRate:
 
     def summary(self) -> str:
         """A line for a person."""
-        which = "after compilation" if self.compiled else "compilation included"
-        return (
-            f"{self.tokens} tokens in {self.seconds:.1f} s, {self.tokens_per_second:.1f} tokens/s "
-            f"{which}"
-        )
+        rate, included = f"{self.tokens_per_second:.1f} tokens/s", "(compilation included)"
+        which = f" {included}, then {rate}" if self.compiled else f", {rate} {included}"
+        return f"{self.tokens} tokens in {self.seconds:.1f} s{which}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

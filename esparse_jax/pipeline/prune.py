@@ -8,7 +8,7 @@ matrix of every input as well.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -349,7 +349,7 @@ def prune_model(
     Source: E-Sparse, sections 3 and 5.1; statistics of a block from one dense pass of that block
     on the outputs of the pruned blocks before it, as in Wanda (arXiv 2306.11695).
     """
-    _check_calibration(calibration, model.config.vocab_size)
+    _check_calibration(calibration, model.config)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     started = time.perf_counter()
@@ -471,15 +471,21 @@ def _plan(model: nnx.Module, config: PruneConfig) -> list[tuple[tuple[str, ...],
         raise ValueError(
             f"{config.pattern} pruning groups {config.pattern.m} neighbouring input channels, so "
             f"their number must be a multiple of {config.pattern.m}, in every slice and in every "
-            f"head that keeps its channels. Leave these dense with skip, for example "
-            f"skip=({uneven[0].split()[0]!r},):\n" + "\n".join(uneven)
+            f"head that keeps its channels. Take another pattern, leave these dense (skip), or "
+            f"change slices or heads:\n" + _listed(uneven)
         )
     if broken:
         raise FloatingPointError(
             "NaN or Inf among the weights to prune; a score from them would mean nothing. Repair "
-            "the checkpoint, or leave these dense with skip:\n" + "\n".join(broken)
+            "the checkpoint, or leave these dense (skip):\n" + _listed(broken)
         )
     return plan
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    """A line each; of many the first ones."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return "\n".join([*names[:most], *more])
 
 
 def _misfit(channels: int, heads: tuple[int, int] | None, config: PruneConfig) -> str | None:
@@ -492,7 +498,7 @@ def _misfit(channels: int, heads: tuple[int, int] | None, config: PruneConfig) -
     return None
 
 
-def _check_calibration(calibration: Int[np.ndarray, "sample seq"], vocab_size: int) -> None:
+def _check_calibration(calibration: Int[np.ndarray, "sample seq"], config: LlamaConfig) -> None:
     if calibration.ndim != 2 or 0 in calibration.shape:
         raise ValueError(
             f"Calibration takes token windows [sample, seq], at least one of at least one token; "
@@ -500,9 +506,14 @@ def _check_calibration(calibration: Int[np.ndarray, "sample seq"], vocab_size: i
         )
     if not np.issubdtype(calibration.dtype, np.integer):
         raise TypeError(f"Calibration takes token ids, integers; got {calibration.dtype}.")
+    if calibration.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"The calibration windows have {calibration.shape[1]} tokens and the model's context "
+            f"{config.max_position_embeddings}. Take a sequence length of at most that."
+        )
     least, greatest = int(calibration.min()), int(calibration.max())
-    if least < 0 or greatest >= vocab_size:
+    if least < 0 or greatest >= config.vocab_size:
         raise ValueError(
             f"Calibration ids run from {least} to {greatest}; the model's vocabulary has ids 0 to "
-            f"{vocab_size - 1}. The windows were made with another tokenizer."
+            f"{config.vocab_size - 1}. The windows were made with another tokenizer."
         )

@@ -69,8 +69,8 @@ class Bench:
             self._device = jax.devices(job["platform"])[0]
         except RuntimeError as error:
             raise RuntimeError(
-                f"a search times products on an NVIDIA GPU, and JAX sees none ({error}). Install "
-                f"jax[cuda13] there; `esparse doctor` says what is missing."
+                f"a search times products on an NVIDIA GPU, and JAX sees none ({error}). "
+                f"`esparse doctor` says what is missing."
             ) from None
         self._shape = out, channels = job["out"], job["channels"]
         self._dtype = np.dtype(job["dtype"])
@@ -266,7 +266,8 @@ def main() -> None:
         bench = Bench(json.loads(sys.stdin.readline()))
         report(ready=bench.facts())
     except Exception as error:
-        report(error=f"{type(error).__name__}: {error}")
+        name = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+        report(error=f"{name}{error}")
         raise
     for line in sys.stdin:
         request = json.loads(line)

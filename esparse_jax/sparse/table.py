@@ -224,7 +224,12 @@ def load_table(path: PathLike) -> TuningTable:
         ValueError: It is no table of this format; the message says which value is wrong.
         OSError: It cannot be read.
     """
-    return _from_text(Path(path).read_text(encoding="utf-8"), str(path))
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no tuning table {path}. Write one with esparse tune --output {path}."
+        )
+    return _from_text(path.read_text(encoding="utf-8"), str(path))
 
 
 def _to_json(table: TuningTable) -> dict[str, Any]:

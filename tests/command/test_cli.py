@@ -1,3 +1,4 @@
+import importlib.metadata
 import io
 import json
 
@@ -366,3 +367,26 @@ def test_prompts_that_are_missing_or_too_many(pruned, tmp_path, capsys):
     assert "latin.txt is not UTF-8 text" in errors[4]
     assert errors[4].endswith("Convert it.")
     assert "top_k is 0" in errors[5]
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"esparse {importlib.metadata.version('esparse-jax')}\n"
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(verb, console):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Verify, "run", interrupted)
+    assert run("verify", "anything") == 130
+    assert capsys.readouterr().err == "esparse: interrupted\n"
+
+
+def test_progress_off_a_terminal_is_a_line_for_every_tenth(capsys):
+    shown, update = cli.bar("pruning")
+    with shown:
+        for done in range(1, 41):
+            update(done, 40)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"pruning: {done} of 40" for done in range(4, 41, 4)]

@@ -135,7 +135,9 @@ def test_token_windows(tmp_path, name):
     np.testing.assert_array_equal(shorter // 10, np.repeat(np.arange(6)[:, None], 3, axis=1))
     assert len(set(shorter[:, 0] % 10)) > 1
     for samples, length in ((7, 10), (6, 11)):
-        with pytest.raises(ValueError, match=f"has 6 windows of 10 tokens; {samples} of {length}"):
+        with pytest.raises(
+            ValueError, match=f"has 6 windows of 10 tokens, and {samples} of {length}"
+        ):
             draw(file, samples=samples, length=length)
 
 

@@ -109,7 +109,7 @@ def test_one_weight_put_back_is_named(pruned, copy):
     )
     assert result.changed_files == (file,)
     assert f"changed: {file} is not the file that esparse.json" in result.summary()
-    assert f"FAILED: 1 of 14 layers, {result.groups} groups are not 2:4" in result.summary()
+    assert f"FAILED: 1 of {result.groups} groups in 14 layers are not 2:4" in result.summary()
     assert result.as_dict()["violations"][0]["layer"] == DOWN
 
 
@@ -173,7 +173,7 @@ def test_layers_left_dense_are_not_checked(tmp_path):
     result = verify_checkpoint(tmp_path / "out", NMPattern(1, 4), max_violations=5)
     assert len(result.violations) == 5
     assert result.violation_count == 32 * 16
-    assert "507 more violations are not named" in result.summary()
+    assert "507 more groups are not" in result.summary()
     uneven = verify_checkpoint(tmp_path / "out", NMPattern(2, 5))
     assert uneven.problems == (f"{DOWN}: 64 channels are no multiple of 5",)
 

@@ -47,6 +47,9 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(model):
 
 
 def test_bad_input_is_named(model):
+    context = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"{context + 1} tokens and .* context {context}"):
+        perplexity(model, np.zeros((1, context + 1), np.int32))
     with pytest.raises(ValueError, match=r"two tokens; got shape \(0, 9\)"):
         perplexity(model, WINDOWS[:0])
     with pytest.raises(ValueError, match=r"got shape \(5, 1\)"):

@@ -119,7 +119,7 @@ def test_top_k_of_one_is_greedy(model, greedy):
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
         ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
-        ([[1]], {"top_k": 0}, "top_k is 0; it must be a whole number of at least 1, or None"),
+        ([[1]], {"top_k": 0}, "top_k is 0; it must be a whole number of at least 1, or left out"),
         ([[1] * 60], {"max_new_tokens": 5}, "take 65 positions; .* 64.* at most 4 new"),
     ],
 )

@@ -105,9 +105,9 @@ def test_the_rate_leaves_compilation_out_where_it_can(monkeypatch):
     rate.add(2)
     assert rate.tokens_per_second == 2 / 5
     rate.add(32)
-    assert rate.summary() == "34 tokens in 8.0 s, 4.2 tokens/s compilation included"
+    assert rate.summary() == "34 tokens in 8.0 s, 4.2 tokens/s (compilation included)"
     rate.add(32)
     rate.add(16)
     assert rate.tokens_per_second == 48 / 3
-    assert rate.summary() == "82 tokens in 11.0 s, 16.0 tokens/s after compilation"
+    assert rate.summary() == "82 tokens in 11.0 s (compilation included), then 16.0 tokens/s"
     assert rate.as_dict() == {"tokens": 82, "seconds": 11.0, "tokens_per_second": 16.0}

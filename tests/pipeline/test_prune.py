@@ -368,11 +368,15 @@ def test_bad_input_is_named(model):
         prune_model(model, np.array([[0, 61]], np.int32), config)
     with pytest.raises(ValueError, match=r"\[sample, seq\].*got shape \(0, 4\)"):
         prune_model(model, np.zeros((0, 4), np.int32), config)
+    beyond = model.config.max_position_embeddings + 1
+    with pytest.raises(ValueError, match=rf"windows have {beyond} tokens and the model's context"):
+        prune_model(model, np.zeros((1, beyond), np.int32), config)
     with pytest.raises(ValueError, match="batch_size is 0"):
         prune_model(model, WINDOWS, config, batch_size=0)
     with pytest.raises(ValueError, match=r"skip=\['proj'\] names no linear"):
         prune_model(model, WINDOWS, dataclasses.replace(config, skip=("proj",)))
-    with pytest.raises(ValueError, match=r"multiple of 5.*\n.*layers\.0\.self_attn\.q_proj has 32"):
+    named = r"multiple of 5.*\n.*layers\.0\.self_attn\.q_proj has 32(.*\n)+and \d+ more$"
+    with pytest.raises(ValueError, match=named):
         prune_model(model, WINDOWS, PruneConfig(pattern=NMPattern(2, 5), shuffle="none"))
 
 
