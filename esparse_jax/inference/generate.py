@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -55,24 +56,72 @@ def sample(
     return jnp.take_along_axis(tokens, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("graphdef", *_OPTIONS), donate_argnames="cache")
-def _prefill(graphdef, state, tokens, cache, key, **options):
-    """The cache after the prompts, and the first new token of each row."""
+class CachedModel(Protocol):
+    """What `generate` asks of a model, beside being an `nnx.Module`; see `LlamaForCausalLM`."""
+
+    config: Any
+    dtype: Any
+
+    def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq channel"]: ...
+
+    def blocks(
+        self, hidden: Float[Array, "batch seq channel"], *, cache: KVCache, empty: bool = False
+    ) -> tuple[Float[Array, "batch seq channel"], KVCache]: ...
+
+    def head(
+        self, hidden: Float[Array, "batch seq channel"]
+    ) -> Float[Array, "batch seq vocab"]: ...
+
+
+@partial(jax.jit, static_argnames=("graphdef", "max_length", *_OPTIONS))
+def prefill(
+    graphdef: Any,
+    state: Any,
+    tokens: Int[Array, "batch seq"],
+    padding: Int[Array, " batch"] | None,
+    key: Key[Array, ""],
+    *,
+    max_length: int,
+    **options: Any,
+) -> tuple[Int[Array, " batch"], KVCache]:
+    """Reads the prompts: the first new token of each row, and the cache behind them.
+
+    Args:
+        graphdef, state: `nnx.split` of a `CachedModel`.
+        tokens: The prompts, aligned at their last token.
+        padding: How many tokens of padding each row begins with; None for none.
+        key: Of the draw.
+        max_length: Slots of the cache.
+        **options: Of `sample`.
+    """
     model = nnx.merge(graphdef, state)
-    hidden, cache = model.blocks(model.embed(tokens), cache=cache)
-    logits = model.head(hidden[:, -1:])[:, 0]
-    return sample(logits, key, **options), cache
+    cache = init_cache(
+        model.config, tokens.shape[0], max_length, dtype=model.dtype, padding=padding
+    )
+    hidden, cache = model.blocks(model.embed(tokens), cache=cache, empty=True)
+    return sample(model.head(hidden[:, -1:])[:, 0], key, **options), cache
 
 
 @partial(jax.jit, static_argnames=("graphdef", *_OPTIONS), donate_argnames="cache")
-def _decode(graphdef, state, token, cache, keys, **options):
-    """One token a row and key; the loop runs on the device."""
+def decode(
+    graphdef: Any,
+    state: Any,
+    token: Int[Array, " batch"],
+    cache: KVCache,
+    keys: Key[Array, " step"],
+    **options: Any,
+) -> tuple[Int[Array, " batch"], KVCache, Int[Array, "batch step"]]:
+    """One token a row for every key, in a loop on the device: the last, the cache, all of them.
+
+    The cache is updated where it lies. The weights are arguments that nothing in the loop writes,
+    so the kernels of the inference model may read them ahead.
+    """
     model = nnx.merge(graphdef, state)
 
-    def step(carry: tuple[Int[Array, " batch"], KVCache], key):
+    def step(carry: tuple[Int[Array, " batch"], KVCache], key: Key[Array, ""]):
         token, cache = carry
-        logits, cache = model(token[:, None], cache=cache)
-        token = sample(logits[:, 0], key, **options)
+        hidden, cache = model.blocks(model.embed(token[:, None]), cache=cache)
+        token = sample(model.head(hidden)[:, 0], key, **options)
         return (token, cache), token
 
     (token, cache), tokens = jax.lax.scan(step, (token, cache), keys)
@@ -94,11 +143,12 @@ def generate(
     """Continues every prompt by up to `max_new_tokens` tokens.
 
     Prompts may differ in length; they are aligned at their last token. Tokens are decoded in
-    chunks on the device; between chunks the host looks for stop tokens, so the last chunk may be
-    computed in vain but never shows.
+    chunks on the device, and the host looks for stop tokens in a chunk when the next one is queued
+    already, so the device never waits for it. At most one chunk is computed in vain, and none of
+    it shows.
 
     Args:
-        model: A model of this package, dense, masked or sparse.
+        model: A model of this package, dense, masked, sparse or `inference_model`'s.
         prompts: Token ids, at least one a prompt.
         max_new_tokens: At most so many tokens a prompt.
         temperature: 0 takes the likeliest token; greater values draw.
@@ -123,17 +173,18 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens[row, padding[row] :] = prompt
     chunks = -(-(max_new_tokens - 1) // CHUNK)
-    cache = init_cache(
-        model.config,
-        rows,
-        longest + chunks * CHUNK,
-        dtype=model.dtype,
-        padding=jnp.asarray(padding),
-    )
     graphdef, state = nnx.split(model)
     options = {"temperature": float(temperature), "top_k": top_k, "top_p": float(top_p)}
     keys = jax.random.split(jax.random.key(seed), 1 + chunks * CHUNK)
-    token, cache = _prefill(graphdef, state, jnp.asarray(tokens), cache, keys[0], **options)
+    token, cache = prefill(
+        graphdef,
+        state,
+        jnp.asarray(tokens),
+        jnp.asarray(padding) if padding.any() else None,
+        keys[0],
+        max_length=longest + chunks * CHUNK,
+        **options,
+    )
     stops = np.array(sorted(stop_tokens), np.int32)
     finished = np.zeros(rows, bool)
     parts: list[list[np.ndarray]] = [[] for _ in range(rows)]
@@ -150,14 +201,16 @@ def generate(
         if on_tokens is not None:
             on_tokens(fresh)
 
-    take(np.asarray(token)[:, None])
+    queued = token[:, None]
     for chunk in range(chunks):
+        some = keys[1 + chunk * CHUNK : 1 + (chunk + 1) * CHUNK]
+        token, cache, new = decode(graphdef, state, token, cache, some, **options)
+        take(np.asarray(queued))
+        queued = new[:, : max_new_tokens - 1 - chunk * CHUNK]
         if finished.all():
             break
-        some = keys[1 + chunk * CHUNK : 1 + (chunk + 1) * CHUNK]
-        token, cache, new = _decode(graphdef, state, token, cache, some, **options)
-        left = max_new_tokens - 1 - chunk * CHUNK
-        take(np.asarray(new)[:, :left])
+    else:
+        take(np.asarray(queued))
     return [np.concatenate(part) for part in parts]
 
 

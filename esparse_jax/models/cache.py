@@ -22,18 +22,21 @@ from jaxtyping import Array, Float, Int
 class LayerCache(NamedTuple):
     """One layer's keys (already rotated) and values, and how far they are filled."""
 
-    keys: Float[Array, "batch slot head feature"]
-    values: Float[Array, "batch slot head feature"]
+    keys: Float[Array, "batch_head slot feature"]
+    values: Float[Array, "batch_head slot feature"]
     length: Int[Array, ""]
-    start: Int[Array, " batch"]
+    start: Int[Array, " batch"] | None
 
-    def positions(self, seq: int) -> Int[Array, "batch seq"]:
+    def positions(self, seq: int) -> Int[Array, "#batch seq"]:
         """The positions of the next `seq` tokens; negative where they are padding."""
-        return self.length + jnp.arange(seq, dtype=jnp.int32)[None] - self.start[:, None]
+        return self._from_start(self.length + jnp.arange(seq, dtype=jnp.int32))
 
-    def key_positions(self) -> Int[Array, "batch slot"]:
+    def key_positions(self) -> Int[Array, "#batch slot"]:
         """The position of every slot; slots not yet written lie after every token so far."""
-        return jnp.arange(self.keys.shape[1], dtype=jnp.int32)[None] - self.start[:, None]
+        return self._from_start(jnp.arange(self.keys.shape[1], dtype=jnp.int32))
+
+    def _from_start(self, slots: Int[Array, " slot"]) -> Int[Array, "#batch slot"]:
+        return slots[None] if self.start is None else slots[None] - self.start[:, None]
 
     def append(
         self,
@@ -52,31 +55,47 @@ class LayerCache(NamedTuple):
                 f"max_length of at least the prompt plus the tokens to generate."
             )
         zero = jnp.zeros((), self.length.dtype)
-        at = (zero, self.length, zero, zero)
-        return LayerCache(
-            jax.lax.dynamic_update_slice(self.keys, keys.astype(self.keys.dtype), at),
-            jax.lax.dynamic_update_slice(self.values, values.astype(self.values.dtype), at),
-            self.length + seq,
-            self.start,
-        )
+
+        def write(held: Array, new: Array) -> Array:
+            new = new.astype(held.dtype).swapaxes(1, 2).reshape(-1, seq, new.shape[3])
+            return jax.lax.dynamic_update_slice(held, new, (zero, self.length, zero))
+
+        written = (write(self.keys, keys), write(self.values, values))
+        # Else XLA may fuse a second update into what reads the cache, and copy the cache for it in
+        # every step: seen for bfloat16 on the CPU, jax 0.10.2 and 0.11.2.
+        written = jax.lax.optimization_barrier(written)
+        return LayerCache(*written, self.length + seq, self.start)
 
 
 class KVCache(NamedTuple):
     """The whole model's cache. Donate it: each step returns one of the same shapes.
 
     Keys and values are one array per layer rather than one stacked array: a slice of a stacked
-    array is a copy as soon as it meets a custom call.
+    array is a copy as soon as it meets a custom call. A head of a row is one matrix
+    [slot, feature], and the matrices of a batch lie one after the other, row by row: what attention
+    multiplies, as it lies. With slots first, or with one axis for rows and another for heads, XLA
+    would turn or copy the cache in every step (seen on the CPU, with one row and with several).
+
+    Attributes:
+        keys, values: One array a layer; number `row * heads + head` is the matrix of a head.
+        length: How many slots are filled, padding included.
+        start: How many slots of padding each row begins with; None if no row has any.
     """
 
-    keys: tuple[Float[Array, "batch slot head feature"], ...]
-    values: tuple[Float[Array, "batch slot head feature"], ...]
+    keys: tuple[Float[Array, "batch_head slot feature"], ...]
+    values: tuple[Float[Array, "batch_head slot feature"], ...]
     length: Int[Array, ""]
-    start: Int[Array, " batch"]
+    start: Int[Array, " batch"] | None
 
     @property
     def max_length(self) -> int:
         """How many slots each row has."""
         return self.keys[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(array.nbytes for array in (*self.keys, *self.values))
 
     def layer(self, index: int) -> LayerCache:
         """The view of one layer, for `LlamaDecoderLayer`."""
@@ -107,18 +126,19 @@ def init_cache(
         batch: How many rows decode together.
         max_length: Slots per row: the (padded) prompt plus the tokens to generate.
         dtype: Of keys and values; the model's compute dtype.
-        padding: How many tokens of padding stand left of each row's prompt; None for none.
+        padding: How many tokens of padding stand left of each row's prompt; None for none, which
+            is known when a step is traced and lets its attention be simpler.
     """
     if batch < 1 or max_length < 1:
         raise ValueError(
             f"A cache needs at least one row and one slot; got batch={batch}, "
             f"max_length={max_length}."
         )
-    shape = (batch, max_length, config.num_key_value_heads, config.head_dim)
+    shape = (batch * config.num_key_value_heads, max_length, config.head_dim)
     layers = range(config.num_hidden_layers)
     return KVCache(
         keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
         values=tuple(jnp.zeros(shape, dtype) for _ in layers),
         length=jnp.zeros((), jnp.int32),
-        start=jnp.zeros(batch, jnp.int32) if padding is None else padding.astype(jnp.int32),
+        start=None if padding is None else padding.astype(jnp.int32),
     )

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from esparse_jax.models.attention import cached_attention, causal_attention, masked_attention
 from esparse_jax.models.cache import KVCache, LayerCache
 
 MODEL_TYPE = "llama"
@@ -551,6 +552,47 @@ def rotate(
     return turned.astype(x.dtype)
 
 
+def rotary_attention(
+    config: "LlamaConfig",
+    query: Float[Array, "batch seq features"],
+    key: Float[Array, "batch seq kv_features"],
+    value: Float[Array, "batch seq kv_features"],
+    positions: Int[Array, "#batch seq"] | None = None,
+    *,
+    cache: LayerCache | None = None,
+    empty: bool = False,
+) -> tuple[Float[Array, "batch seq features"], LayerCache | None]:
+    """What stands between the projections of an attention, heads side by side in and out.
+
+    Args:
+        config: Of the model.
+        query, key, value: What the projections gave.
+        positions: As for `LlamaDecoderLayer`.
+        cache: As for `LlamaDecoderLayer`.
+        empty: As for `LlamaForCausalLM.blocks`.
+    """
+    batch, seq, _ = query.shape
+    query, key, value = (x.reshape(batch, seq, -1, config.head_dim) for x in (query, key, value))
+    whole = positions is None and (cache is None or (empty and cache.start is None))
+    if positions is None:
+        positions = (
+            jnp.arange(seq, dtype=jnp.int32)[None] if cache is None else cache.positions(seq)
+        )
+    cos, sin = rotary_angles(config.rope, config.head_dim, positions)
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    if cache is not None:
+        cache = cache.append(key, value)
+    if whole:
+        attended = causal_attention(query, key, value)
+    elif cache is None or empty:
+        attended = masked_attention(query, key, value, positions)
+    else:
+        attended = cached_attention(
+            query, cache.keys, cache.values, positions, cache.key_positions()
+        )
+    return attended.reshape(batch, seq, -1), cache
+
+
 class LlamaAttention(nnx.Module):
     """Attention with rotary positions, for as many key/value heads as the configuration says."""
 
@@ -574,33 +616,14 @@ class LlamaAttention(nnx.Module):
         positions: Int[Array, "#batch seq"] | None = None,
         *,
         cache: LayerCache | None = None,
+        empty: bool = False,
     ) -> tuple[Float[Array, "batch seq channel"], LayerCache | None]:
         """See `LlamaDecoderLayer`."""
-        batch, seq, _ = hidden.shape
-
-        def heads(x: Float[Array, "batch seq out"]) -> Float[Array, "batch seq head feature"]:
-            return x.reshape(batch, seq, -1, self.config.head_dim)
-
-        query = heads(self.q_proj(hidden))
-        key, value = heads(self.k_proj(hidden)), heads(self.v_proj(hidden))
-        plain = positions is None and cache is None
-        if positions is None:
-            positions = (
-                jnp.arange(seq, dtype=jnp.int32)[None] if cache is None else cache.positions(seq)
-            )
-        cos, sin = rotary_angles(self.config.rope, self.config.head_dim, positions)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        key_positions = positions
-        if cache is not None:
-            cache = cache.append(key, value)
-            key, value = cache.keys.astype(query.dtype), cache.values.astype(query.dtype)
-            key_positions = cache.key_positions()
-        mask = None
-        if not plain:
-            seen = key_positions[:, None, :] <= positions[:, :, None]
-            mask = (seen & (key_positions >= 0)[:, None, :])[:, None]
-        attended = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=plain)
-        return self.o_proj(attended.reshape(batch, seq, -1)), cache
+        projected = (self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden))
+        attended, cache = rotary_attention(
+            self.config, *projected, positions, cache=cache, empty=empty
+        )
+        return self.o_proj(attended), cache
 
 
 class LlamaMLP(nnx.Module):
@@ -646,6 +669,7 @@ class LlamaDecoderLayer(nnx.Module):
         positions: Int[Array, "#batch seq"] | None = None,
         *,
         cache: LayerCache | None = None,
+        empty: bool = False,
     ) -> Float[Array, "batch seq channel"] | tuple[Float[Array, "batch seq channel"], LayerCache]:
         """The block's output; with a cache, that and the cache one step on.
 
@@ -655,8 +679,11 @@ class LlamaDecoderLayer(nnx.Module):
                 nobody attends to. None: 0, 1, 2, ..., or where the cache goes on.
             cache: Keys and values of the tokens before. The tokens attend to those and to
                 each other.
+            empty: As for `LlamaForCausalLM.blocks`.
         """
-        attended, cache = self.self_attn(self.input_layernorm(hidden), positions, cache=cache)
+        attended, cache = self.self_attn(
+            self.input_layernorm(hidden), positions, cache=cache, empty=empty
+        )
         hidden = hidden + attended
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return hidden if cache is None else (hidden, cache)
@@ -681,7 +708,92 @@ class LlamaModel(nnx.Module):
         self.norm = _norm(config, **kinds)
 
 
-class LlamaForCausalLM(nnx.Module):
+class CausalLM(nnx.Module):
+    """From tokens to logits, around whatever the blocks are.
+
+    Attributes:
+        config: The model's configuration.
+        dtype: What products are computed in, and what the cache holds.
+        model: Has `embed_tokens` and `norm`.
+        lm_head: The head; there is none where the configuration ties it to the embedding.
+    """
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "#batch seq"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Array, "batch seq vocab"] | tuple[Float[Array, "batch seq vocab"], KVCache]:
+        """Logits for the token after each given one; with a cache, those and the cache.
+
+        Args:
+            tokens: Token ids; padding, if any, on the left with any id of the vocabulary.
+            positions: As for `LlamaDecoderLayer`; not together with a cache, which knows them.
+            cache: From `init_cache` or the step before. The tokens go behind what it holds.
+        """
+        hidden, cache = self.blocks(self.embed(tokens), positions=positions, cache=cache)
+        logits = self.head(hidden)
+        return logits if cache is None else (logits, cache)
+
+    def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq channel"]:
+        """The hidden states that the first block reads."""
+        return self.model.embed_tokens(tokens)
+
+    def blocks(
+        self,
+        hidden: Float[Array, "batch seq channel"],
+        *,
+        positions: Int[Array, "#batch seq"] | None = None,
+        cache: KVCache | None = None,
+        empty: bool = False,
+    ) -> tuple[Float[Array, "batch seq channel"], KVCache | None]:
+        """All blocks, one after the other. `head` of the last token alone is a prefill's logits.
+
+        Args:
+            hidden: From `embed`.
+            positions: As for `__call__`.
+            cache: As for `__call__`.
+            empty: The cache comes straight from `init_cache`, so that the tokens attend to each
+                other alone, and no slot that is still empty is read.
+        """
+        if cache is not None and positions is not None:
+            raise ValueError(
+                "Give positions or a cache, not both: the cache holds each row's start and counts "
+                "on from there (init_cache's padding)."
+            )
+        views = [None] * self.config.num_hidden_layers
+        if cache is not None:
+            views = [cache.layer(index) for index in range(len(views))]
+        hidden, views = self._blocks(hidden, positions, views, empty)
+        if cache is None:
+            return hidden, None
+        keys, values = tuple(view.keys for view in views), tuple(view.values for view in views)
+        return hidden, KVCache(keys, values, cache.length + hidden.shape[1], cache.start)
+
+    def _blocks(
+        self,
+        hidden: Float[Array, "batch seq channel"],
+        positions: Int[Array, "#batch seq"] | None,
+        caches: list[LayerCache | None],
+        empty: bool,
+    ) -> tuple[Float[Array, "batch seq channel"], list[LayerCache | None]]:
+        raise NotImplementedError
+
+    def head(self, hidden: Float[Array, "batch seq channel"]) -> Float[Array, "batch seq vocab"]:
+        """Logits from the last block's output, in float32.
+
+        bfloat16 has eight bits for a logit, which makes exact ties common and greedy decoding
+        arbitrary, so the product is accumulated and returned in float32.
+        """
+        hidden = self.model.norm(hidden)
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        embedding = self.model.embed_tokens.embedding[...].astype(hidden.dtype)
+        return jnp.einsum("bsc,vc->bsv", hidden, embedding, preferred_element_type=jnp.float32)
+
+
+class LlamaForCausalLM(CausalLM):
     """LLaMA with its language modelling head.
 
     Args:
@@ -716,64 +828,21 @@ class LlamaForCausalLM(nnx.Module):
         self.config = config
         self.dtype = dtype
 
-    def __call__(
-        self,
-        tokens: Int[Array, "batch seq"],
-        *,
-        positions: Int[Array, "#batch seq"] | None = None,
-        cache: KVCache | None = None,
-    ) -> Float[Array, "batch seq vocab"] | tuple[Float[Array, "batch seq vocab"], KVCache]:
-        """Logits for the token after each given one; with a cache, those and the cache.
-
-        Args:
-            tokens: Token ids; padding, if any, on the left with any id of the vocabulary.
-            positions: As for `LlamaDecoderLayer`; not together with a cache, which knows them.
-            cache: From `init_cache` or the step before. The tokens go behind what it holds.
-        """
-        hidden, cache = self.blocks(self.embed(tokens), positions=positions, cache=cache)
-        logits = self.head(hidden)
-        return logits if cache is None else (logits, cache)
-
-    def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq channel"]:
-        """The hidden states that the first block reads."""
-        return self.model.embed_tokens(tokens)
-
-    def blocks(
+    def _blocks(
         self,
         hidden: Float[Array, "batch seq channel"],
-        *,
-        positions: Int[Array, "#batch seq"] | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "batch seq channel"], KVCache | None]:
-        """All blocks, one after the other. `head` of the last token alone is a prefill's logits."""
-        if cache is None:
-            for layer in self.model.layers:
+        positions: Int[Array, "#batch seq"] | None,
+        caches: list[LayerCache | None],
+        empty: bool,
+    ) -> tuple[Float[Array, "batch seq channel"], list[LayerCache | None]]:
+        written = []
+        for layer, cache in zip(self.model.layers, caches, strict=True):
+            if cache is None:
                 hidden = layer(hidden, positions)
-            return hidden, None
-        if positions is not None:
-            raise ValueError(
-                "Give positions or a cache, not both: the cache holds each row's start and counts "
-                "on from there (init_cache's padding)."
-            )
-        keys, values = [], []
-        for index, layer in enumerate(self.model.layers):
-            hidden, updated = layer(hidden, cache=cache.layer(index))
-            keys.append(updated.keys)
-            values.append(updated.values)
-        length = cache.length + hidden.shape[1]
-        return hidden, KVCache(tuple(keys), tuple(values), length, cache.start)
-
-    def head(self, hidden: Float[Array, "batch seq channel"]) -> Float[Array, "batch seq vocab"]:
-        """Logits from the last block's output, in float32.
-
-        bfloat16 has eight bits for a logit, which makes exact ties common and greedy decoding
-        arbitrary, so the product is accumulated and returned in float32.
-        """
-        hidden = self.model.norm(hidden)
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden)
-        embedding = self.model.embed_tokens.embedding[...].astype(hidden.dtype)
-        return jnp.einsum("bsc,vc->bsv", hidden, embedding, preferred_element_type=jnp.float32)
+            else:
+                hidden, cache = layer(hidden, cache=cache, empty=empty)
+            written.append(cache)
+        return hidden, written
 
 
 def _linear(

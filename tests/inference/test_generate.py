@@ -1,3 +1,6 @@
+import importlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +8,11 @@ import pytest
 from flax import nnx
 
 from esparse_jax import generate
-from esparse_jax.inference.generate import CHUNK, sample
+from esparse_jax.inference.generate import CHUNK, decode, prefill, sample
 from esparse_jax.models import LlamaConfig, LlamaForCausalLM
+
+# The name of the file is that of the function in the room.
+generate_file = importlib.import_module("esparse_jax.inference.generate")
 
 FIELDS = {
     "model_type": "llama",
@@ -53,6 +59,69 @@ def test_rows_end_before_their_stop_token_and_chunks_are_streamed(model, greedy)
         np.testing.assert_array_equal(tokens, whole[: ends[0]] if ends.size else whole)
     for row, tokens in enumerate(stopped):
         np.testing.assert_array_equal(np.concatenate([chunk[row] for chunk in chunks]), tokens)
+
+
+def recorded(model, monkeypatch, **options) -> list[str]:
+    """The order in which chunks are queued and looked at."""
+    events = []
+    queue = generate_file.decode
+
+    def decode(*arguments, **options):
+        events.append("queue")
+        return queue(*arguments, **options)
+
+    monkeypatch.setattr(generate_file, "decode", decode)
+    generate(model, PROMPTS, on_tokens=lambda _: events.append("look"), **options)
+    return events
+
+
+def test_a_chunk_is_queued_before_the_one_before_is_looked_at(model, greedy, monkeypatch):
+    events = recorded(model, monkeypatch, max_new_tokens=2 * CHUNK + 5)
+    assert events == ["queue", "look", "queue", "look", "queue", "look", "look"]
+    assert recorded(model, monkeypatch, max_new_tokens=1) == ["look"]
+
+
+def test_at_most_one_chunk_is_computed_in_vain(model, greedy, monkeypatch):
+    first = [int(tokens[0]) for tokens in greedy]
+    events = recorded(model, monkeypatch, max_new_tokens=3 * CHUNK, stop_tokens=first)
+    assert events == ["queue", "look"]
+
+
+def test_one_row_does_not_wait_for_padding_of_the_others(model, greedy):
+    """Rows of one length have no padding, which is another trace; the tokens are the same."""
+    for prompt, together in zip(PROMPTS, greedy, strict=True):
+        (alone,) = generate(model, [prompt], max_new_tokens=COUNT)
+        np.testing.assert_array_equal(alone, together)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_decode_loop_updates_its_cache_in_place(rows, dtype):
+    fields = FIELDS | {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
+    config = LlamaConfig.from_dict(fields | {"torch_dtype": dtype})
+    model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    options = {"temperature": 0.0, "top_k": None, "top_p": 1.0}
+    keys = jax.random.split(jax.random.key(0), CHUNK)
+    tokens = jnp.ones((rows, 8), jnp.int32)
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        token, cache = prefill(graphdef, state, tokens, None, keys[0], max_length=4096, **options)
+        compiled = decode.lower(graphdef, state, token, cache, keys, **options).compile()
+        memory = compiled.memory_analysis()
+        _, after, _ = decode(graphdef, state, token, cache, keys, **options)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    assert all(array.is_deleted() for array in (*cache.keys, *cache.values))
+    assert memory.alias_size_in_bytes >= after.nbytes
+    shape = ",".join(map(str, after.keys[0].shape))
+    copies = re.findall(rf"{shape}\]\S* copy\(", compiled.as_text())
+    assert copies == []
+    weights = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(state) if leaf.ndim == 2}
+    moved = re.findall(r"\[([\d,]+)\]\S* (?:copy|transpose)\(", compiled.as_text())
+    assert not weights & set(moved)
+    if dtype == "float32":
+        assert memory.temp_size_in_bytes < after.keys[0].nbytes / 2
 
 
 def test_draws_repeat_with_their_seed_and_differ_with_another(model):

@@ -96,8 +96,8 @@ def test_positions_count_from_each_rows_start():
     new = jnp.ones((2, 3, config.num_key_value_heads, config.head_dim))
     layer = layer.append(new, 2 * new)
     np.testing.assert_array_equal(layer.positions(1), [[3], [1]])
-    np.testing.assert_array_equal(layer.keys[0, :, 0, 0], [1, 1, 1, 0, 0, 0])
-    np.testing.assert_array_equal(layer.values[1, :, 1, 3], [2, 2, 2, 0, 0, 0])
+    np.testing.assert_array_equal(layer.keys[0, :, 0], [1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(layer.values[-1, :, 3], [2, 2, 2, 0, 0, 0])
 
 
 def test_the_cache_may_be_narrower_than_the_model():
@@ -133,6 +133,42 @@ def test_grouped_heads_are_not_repeated():
 
     largest = max(sizes(jaxpr.jaxpr))
     assert largest == slots * config.num_key_value_heads * config.head_dim
+
+
+@pytest.mark.parametrize("padding", [None, [0, 0], [2, 0]])
+def test_an_empty_cache_is_not_read(padding):
+    """A prompt into an empty cache: the same tokens, cache and logits, no table over all slots."""
+    model = llama_cases.build(FIELDS)
+    _, error = llama_cases.torch_logits("gqa", LENGTH)
+    ids = jnp.asarray(llama_cases.tokens("gqa", 6, batch=2))
+    padding = None if padding is None else jnp.array(padding)
+    cache = init_cache(model.config, 2, 256, dtype=model.dtype, padding=padding)
+    graphdef, state = nnx.split(model)
+
+    def read(state, ids, cache, empty):
+        model = nnx.merge(graphdef, state)
+        hidden, cache = model.blocks(model.embed(ids), cache=cache, empty=empty)
+        return model.head(hidden), cache
+
+    jitted = jax.jit(read, static_argnums=3)
+    (ours, written), (expected, also) = (jitted(state, ids, cache, e) for e in (True, False))
+    real = np.arange(6) >= (np.zeros(2, int) if padding is None else np.asarray(padding))[:, None]
+    llama_cases.assert_rounding_only(ours[real], expected[real], error)
+    assert jax.tree.structure(written) == jax.tree.structure(also)
+    assert int(written.length) == 6
+    heads = model.config.num_key_value_heads
+    for a, b in zip(written.keys, also.keys, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a.reshape(2, heads, 256, -1).swapaxes(1, 2)[:, :6])[real],
+            np.asarray(b.reshape(2, heads, 256, -1).swapaxes(1, 2)[:, :6])[real],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    for empty in (True, False):
+        text = jitted.lower(state, ids, cache, empty).as_text()
+        table = "tensor<2x2x2x6x{}xf32>"  # batch, kv_head, group, query, key
+        assert (table.format(6) in text) == empty
+        assert (table.format(256) in text) != empty
 
 
 def test_misuse_is_explained():
