@@ -1,4 +1,5 @@
-"""Drop-ins for `nnx.Linear`: one that watches its input, one that masks, one that is compressed.
+"""Drop-ins for `nnx.Linear`: one that watches its input, one that masks, one that is compressed;
+and one that stands where a compressed one does in the dense twin of an inference model.
 
 Each keeps what it adds in a Variable type of its own, so that `nnx.split(layer, CalibrationStats,
 ...)` separates statistics from weights and a compressed weight never passes for a parameter.
@@ -6,6 +7,7 @@ Each keeps what it adds in a Variable type of its own, so that `nnx.split(layer,
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -13,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from esparse_jax.pruning.error import GramMatrix, update_gram
 from esparse_jax.pruning.stats import ChannelRange, ChannelStats, update_range, update_stats
+from esparse_jax.sparse.blob import Blob24, LibraryBlob24
 from esparse_jax.sparse.compress import Compressed24
 from esparse_jax.sparse.matmul import sparse_matmul
 
@@ -38,7 +41,7 @@ class Mask(nnx.Variable):
 
 
 class CompressedWeight(nnx.Variable):
-    """Holds a `Compressed24`."""
+    """Holds a `Compressed24`, or its device form."""
 
 
 class Permutation(nnx.Variable):
@@ -104,18 +107,18 @@ class MaskedLinear(nnx.Module):
 
 
 class SparseLinear(nnx.Module):
-    """A linear layer whose weight is held as `Compressed24`.
+    """A linear layer whose weight is held as `Compressed24` or in its device form.
 
     Args:
         compressed: The weight, its channels in the order of `permutation`.
         permutation: The order in which the input's channels are read; None for the natural one.
         bias: Added to the product; None for none.
-        dtype: What the product is computed in; None for the weight's.
+        dtype: What the product is computed in; None for the weight's. A device form has its own.
     """
 
     def __init__(
         self,
-        compressed: Compressed24,
+        compressed: Compressed24 | Blob24 | LibraryBlob24,
         permutation: Int[Array, " channel"] | None = None,
         bias: Float[Array, " out"] | None = None,
         *,
@@ -132,17 +135,53 @@ class SparseLinear(nnx.Module):
             None if permutation is None else Permutation(permutation.astype(jnp.int32))
         )
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
-        self.dtype = jnp.dtype(compressed.values.dtype if dtype is None else dtype)
+        self.dtype = jnp.dtype(compressed.dtype if dtype is None else dtype)
+        if not isinstance(compressed, Compressed24) and self.dtype != compressed.dtype:
+            raise TypeError(
+                f"The device form of a weight is multiplied in its own dtype, {compressed.dtype}; "
+                f"got dtype={self.dtype}. Convert the Compressed24 that it is made from."
+            )
+
+    def ordered(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch channel"]:
+        """The input in the order of channels that the weight was compressed in."""
+        if self.permutation is None:
+            return x
+        # Permutations are checked where they are made; the default mode would fill with nan.
+        return x.at[..., self.permutation[...]].get(mode="promise_in_bounds")
 
     def __call__(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch out"]:
-        x = x.astype(self.dtype)
-        if self.permutation is not None:
-            # Permutations are checked where they are made; the default mode would fill with nan.
-            x = x.at[..., self.permutation[...]].get(mode="promise_in_bounds")
+        x = self.ordered(x.astype(self.dtype))
         weight = self.weight.get_value()
-        if weight.values.dtype != self.dtype:
+        if weight.dtype != self.dtype:
             weight = dataclasses.replace(weight, values=weight.values.astype(self.dtype))
-        product = sparse_matmul(x, weight)
-        if self.bias is None:
-            return product
-        return product + self.bias[...].astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return _with_bias(sparse_matmul(x, weight), self.bias)
+
+
+class DenseLinear(nnx.Module):
+    """A linear layer that holds its weight as [out, channel], turned as a compressed one is.
+
+    Args:
+        weight: Of the dtype that the product is computed in; sums are in float32.
+        bias: Added to the product; None for none.
+    """
+
+    def __init__(
+        self, weight: Float[Array, "out channel"], bias: Float[Array, " out"] | None = None
+    ):
+        self.out_features, self.in_features = weight.shape
+        self.weight = nnx.Param(weight)
+        self.bias = nnx.data(None if bias is None else nnx.Param(bias))
+
+    def __call__(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch out"]:
+        weight = self.weight[...]
+        contract = (((x.ndim - 1,), (1,)), ((), ()))
+        product = jax.lax.dot_general(
+            x.astype(weight.dtype), weight, contract, preferred_element_type=jnp.float32
+        )
+        return _with_bias(product.astype(weight.dtype), self.bias)
+
+
+def _with_bias(product: Float[Array, "*batch out"], bias: nnx.Param | None) -> Array:
+    if bias is None:
+        return product
+    return product + bias[...].astype(product.dtype).reshape((1,) * (product.ndim - 1) + (-1,))

@@ -106,9 +106,7 @@ def fused_matmul_reference(
     _require(x, blob, residual, permutation, places, swiglu)
     dense = decompress24(compressed24_of(blob))
     shuffled = x if permutation is None else x[:, permutation]
-    y = jax.lax.dot_general(
-        shuffled, dense, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    y = jax.lax.platform_dependent(shuffled, dense, cpu=_dot_cpu, default=_dot)
     if norm_epsilon is not None:
         squares = jnp.square(x.astype(jnp.float32))
         y = y * jax.lax.rsqrt(jnp.mean(squares, axis=1, keepdims=True) + norm_epsilon)
@@ -119,6 +117,18 @@ def fused_matmul_reference(
         y = y + residual.astype(jnp.float32)
     y = y.astype(x.dtype)
     return y if places is None else (y, jnp.zeros_like(y).at[:, places].set(y))
+
+
+def _dot(x: Array, weight: Array) -> Array:
+    return jax.lax.dot_general(
+        x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _dot_cpu(x: Array, weight: Array) -> Array:
+    # XLA's CPU backend (jax 0.10.2) compiles a bfloat16 product with a transposed operand and
+    # refuses to run it. Products of 16-bit numbers are exact in float32, so these are the same.
+    return _dot(x.astype(jnp.float32), weight.astype(jnp.float32))
 
 
 def sparse_mlp(
@@ -297,6 +307,16 @@ def sparse_chain_reference(
     if weights.qkv is None:
         return hidden, None
     return hidden, normed(hidden, weights.qkv, weights.qkv_places)
+
+
+def fused_takes(rows: int) -> bool:
+    """Whether so many rows should go through the products of this file rather than `sparse_matmul`.
+
+    Not on a GPU whose build lacks the decode kernel: there they would unpack the weight, which
+    `sparse_matmul` may leave to cuSPARSELt.
+    """
+    few = 1 <= rows <= _ffi_cuda.MAX_ROWS
+    return few and (_ffi_cuda.decode_available() or jax.default_backend() != "gpu")
 
 
 def _with_data(blob: Blob24, data: Array) -> Blob24:

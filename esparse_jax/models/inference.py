@@ -1,0 +1,225 @@
+"""The model in the form that decodes fastest: fewer, larger products, and nothing between them.
+
+`fusion.inference_model` makes it from a model of compressed layers. Linears that read one input
+become one product, and shuffles disappear wherever a product before can write in the order that the
+next one reads. On NVIDIA GPUs, for up to 16 rows, a layer is then an attention and one chain of
+products::
+
+    embed -> q,k,v -> attention -> [ o -> gate,up -> down -> q,k,v ] -> attention -> [ o -> ...
+                                     norms, SwiGLU, residuals inside
+
+More rows (a prompt) go through the same weights one product at a time, and so does everything on
+other platforms.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from esparse_jax.models.cache import LayerCache
+from esparse_jax.models.layers import Permutation, SparseLinear
+from esparse_jax.models.llama import ACTIVATIONS, CausalLM, LlamaConfig, rotary_attention
+from esparse_jax.sparse.fused import ChainWeights, fused_matmul, fused_takes, sparse_chain
+
+
+class InferenceLayer(nnx.Module):
+    """A decoder layer of `InferenceModel`. Activations are [row, channel], whatever a row is.
+
+    Attributes:
+        qkv: One linear with queries, keys and values one below the other, or three.
+        o, down: One linear each.
+        gate_up: One linear, or two.
+        input_norm, mlp_norm: None where the gain is in the weights that follow.
+        qkv_places, mlp_places: Where each channel of the residual stream stands in the order that
+            qkv and gate_up read; None for the natural order.
+        qkv_fused: Whether qkv can be the end of a chain.
+        mlp_fused: Whether o, gate_up and down can be a chain; gate_up has 8 rows of gate, 8 of up
+            and so on then, and otherwise all of gate first.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        qkv: Sequence[nnx.Module],
+        o: nnx.Module,
+        gate_up: Sequence[nnx.Module],
+        down: nnx.Module,
+        input_norm: nnx.RMSNorm | None,
+        mlp_norm: nnx.RMSNorm | None,
+        qkv_fused: bool = False,
+        mlp_fused: bool = False,
+    ):
+        self.config = config
+        self.qkv = nnx.List(qkv)
+        self.o = o
+        self.gate_up = nnx.List(gate_up)
+        self.down = down
+        self.input_norm = nnx.data(input_norm)
+        self.mlp_norm = nnx.data(mlp_norm)
+        self.qkv_fused, self.mlp_fused = qkv_fused, mlp_fused
+        self.qkv_places = nnx.data(_places(qkv[0]) if qkv_fused else None)
+        self.mlp_places = nnx.data(_places(gate_up[0]) if mlp_fused else None)
+
+    def project(
+        self, hidden: Float[Array, "row channel"]
+    ) -> tuple[Float[Array, "row query"], Float[Array, "row key"], Float[Array, "row key"]]:
+        """Queries, keys and values from the residual stream."""
+        if self.qkv_fused and fused_takes(hidden.shape[0]):
+            (linear,) = self.qkv
+            return self.split(
+                fused_matmul(
+                    linear.ordered(hidden),
+                    linear.weight.get_value(),
+                    norm_epsilon=self.config.rms_norm_eps,
+                    prefetch=True,
+                )
+            )
+        normed = self._normed(hidden, self.input_norm)
+        if len(self.qkv) == 1:
+            return self.split(self.qkv[0](normed))
+        query, key, value = (linear(normed) for linear in self.qkv)
+        return query, key, value
+
+    def split(
+        self, projected: Float[Array, "row out"]
+    ) -> tuple[Float[Array, "row query"], Float[Array, "row key"], Float[Array, "row key"]]:
+        """The result of a fused product as queries, keys and values."""
+        query = self.config.num_attention_heads * self.config.head_dim
+        key = self.config.num_key_value_heads * self.config.head_dim
+        return tuple(jnp.split(projected, (query, query + key), axis=1))
+
+    def finish(
+        self,
+        attended: Float[Array, "row feature"],
+        hidden: Float[Array, "row channel"],
+        following: "InferenceLayer | None",
+    ) -> tuple[Float[Array, "row channel"], tuple[Array, Array, Array] | None]:
+        """All that comes after the attention, and maybe the next layer's projections with it.
+
+        Args:
+            attended: The attention's output.
+            hidden: The residual stream before the layer.
+            following: The next layer.
+
+        Returns:
+            The residual stream behind the layer; what `following.project` would give, or None if
+            that is still to be computed.
+        """
+        if self.mlp_fused and fused_takes(hidden.shape[0]):
+            with_next = following is not None and following.qkv_fused
+            hidden, projected = sparse_chain(
+                self.o.ordered(attended),
+                hidden,
+                ChainWeights(
+                    o=self.o.weight.get_value(),
+                    gate_up=self.gate_up[0].weight.get_value(),
+                    down=self.down.weight.get_value(),
+                    qkv=following.qkv[0].weight.get_value() if with_next else None,
+                    gate_up_places=_value(self.mlp_places),
+                    qkv_places=_value(following.qkv_places) if with_next else None,
+                ),
+                epsilon=self.config.rms_norm_eps,
+                prefetch=True,
+            )
+            return hidden, following.split(projected) if with_next else None
+        hidden = hidden + self.o(attended)
+        inner = self._inner(self._normed(hidden, self.mlp_norm))
+        return hidden + self.down(inner), None
+
+    def _normed(
+        self, hidden: Float[Array, "row channel"], norm: nnx.RMSNorm | None
+    ) -> Float[Array, "row channel"]:
+        if norm is not None:
+            return norm(hidden)
+        wide = hidden.astype(jnp.float32)
+        squares = jnp.mean(jnp.square(wide), axis=1, keepdims=True)
+        return (wide * jax.lax.rsqrt(squares + self.config.rms_norm_eps)).astype(hidden.dtype)
+
+    def _inner(self, normed: Float[Array, "row channel"]) -> Float[Array, "row inner"]:
+        """Activated gates times up; in float32, as the fused kernels do it, and rounded once."""
+        if len(self.gate_up) == 2:
+            gate, up = (linear(normed) for linear in self.gate_up)
+        else:
+            both = self.gate_up[0](normed)
+            rows, width = both.shape
+            shape = (rows, width // 16, 2, 8) if self.mlp_fused else (rows, 1, 2, width // 2)
+            gate, up = (both.reshape(shape)[:, :, i].reshape(rows, width // 2) for i in (0, 1))
+        wide = jnp.promote_types(gate.dtype, jnp.float32)
+        activated = ACTIVATIONS[self.config.hidden_act](gate.astype(wide)) * up.astype(wide)
+        return activated.astype(gate.dtype)
+
+
+class _Inside(nnx.Module):
+    """What a checkpoint has under the name `model`, with other layers."""
+
+    def __init__(self, embed_tokens: nnx.Embed, layers: Sequence[InferenceLayer], norm: nnx.Module):
+        self.embed_tokens = embed_tokens
+        self.layers = nnx.List(layers)
+        self.norm = norm
+
+
+class InferenceModel(CausalLM):
+    """A LLaMA of `InferenceLayer`s; see `fusion.inference_model`.
+
+    It is called like any other model and generates like any other, and is neither pruned nor saved.
+    The weights must be arguments of the `jit` around it, as `generate` has them: the kernels
+    request them before the computation before has ended, see `fused_matmul`'s `prefetch`.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layers: Sequence[InferenceLayer],
+        *,
+        embed_tokens: nnx.Embed,
+        norm: nnx.Module,
+        lm_head: nnx.Linear | None,
+        dtype: DTypeLike,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.model = _Inside(embed_tokens, layers, norm)
+        if lm_head is not None:
+            self.lm_head = lm_head
+
+    def _blocks(
+        self,
+        hidden: Float[Array, "batch seq channel"],
+        positions: Int[Array, "#batch seq"] | None,
+        caches: list[LayerCache | None],
+        empty: bool,
+    ) -> tuple[Float[Array, "batch seq channel"], list[LayerCache | None]]:
+        batch, seq, channels = hidden.shape
+        stream = hidden.reshape(batch * seq, channels)
+        layers = list(self.model.layers)
+        projected, written = None, []
+        for layer, following, cache in zip(layers, [*layers[1:], None], caches, strict=True):
+            if projected is None:
+                projected = layer.project(stream)
+            attended, cache = rotary_attention(
+                self.config,
+                *(x.reshape(batch, seq, -1) for x in projected),
+                positions,
+                cache=cache,
+                empty=empty,
+            )
+            attended = attended.reshape(batch * seq, -1)
+            stream, projected = layer.finish(attended, stream, following)
+            written.append(cache)
+        return stream.reshape(hidden.shape), written
+
+
+def _places(linear: SparseLinear) -> Permutation | None:
+    if linear.permutation is None:
+        return None
+    return Permutation(jnp.argsort(linear.permutation[...]).astype(jnp.int32))
+
+
+def _value(variable: nnx.Variable | None) -> Any:
+    return None if variable is None else variable[...]
