@@ -10,6 +10,7 @@ from esparse_jax.files import (
     compress_checkpoint,
     evaluation_windows,
     expand_checkpoint,
+    load_inference_model,
     load_model,
     read_text_tokens,
     save_model,
@@ -17,6 +18,7 @@ from esparse_jax.files import (
     write_json,
 )
 from esparse_jax.inference import Perplexity, generate, perplexity
+from esparse_jax.models.fusion import inference_model
 from esparse_jax.models.surgery import choose_forms, sparsify_model
 from esparse_jax.pipeline import (
     LayerRecord,
@@ -106,11 +108,13 @@ __all__ = [
     "expand_checkpoint",
     "generate",
     "global_naive_shuffle",
+    "inference_model",
     "information_richness",
     "init_gram",
     "init_range",
     "init_stats",
     "is_nm",
+    "load_inference_model",
     "load_model",
     "load_table",
     "local_block_shuffle",

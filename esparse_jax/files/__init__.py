@@ -2,6 +2,7 @@
 
 from esparse_jax.files.checkpoint import (
     compressed_layers,
+    load_inference_model,
     load_model,
     load_tokenizer,
     save_model,
@@ -33,6 +34,7 @@ __all__ = [
     "evaluation_windows",
     "expand_checkpoint",
     "flax_params_from_model",
+    "load_inference_model",
     "load_model",
     "load_tokenizer",
     "model_from_flax_params",

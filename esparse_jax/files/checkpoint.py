@@ -5,11 +5,12 @@ stores a layer. Whichever of the two formats a directory has, and whether a mode
 compressed, saving passes weights on as those of the hf format, one at a time.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,6 +68,8 @@ from esparse_jax.files.tensors import (
     rewrite_tensors,
     write_shards,
 )
+from esparse_jax.models.fusion import InferenceBuilder
+from esparse_jax.models.inference import InferenceModel
 from esparse_jax.models.layers import (
     CompressedWeight,
     MaskedLinear,
@@ -76,6 +79,7 @@ from esparse_jax.models.layers import (
 from esparse_jax.models.llama import (
     DERIVED_TENSORS,
     DTYPES,
+    LAYERS_PATH,
     PARAMETER_NAMES,
     TIED_TENSORS,
     TRANSPOSED,
@@ -124,6 +128,68 @@ def load_model(
             in one message).
         FloatingPointError: NaN or Inf among the weights; the tensors are named.
     """
+    with _opened(path, dtype) as (files, model, tokenizer):
+        reader = _Reader(files, dtype, check_finite)
+        reader.fill(model)
+        reader.require_sound(path)
+    return model, tokenizer
+
+
+def load_inference_model(
+    path: PathLike,
+    *,
+    dtype: str | None = None,
+    form: str | None = None,
+    check_finite: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[InferenceModel, Any]:
+    """Reads a compressed checkpoint directory into the form that generates fastest.
+
+    What `inference_model` makes of the model that `load_model` reads, without that model: layers
+    are read and converted one by one, so the most the device holds at a time is the finished
+    layers and one more.
+
+    Args:
+        path: A compressed directory; for `form="dense"` an hf one as well.
+        dtype: As for `load_model`.
+        form: As for `inference_model`.
+        check_finite: As for `load_model`.
+        progress: Called with (layers done, layers in all).
+
+    Returns:
+        The model; and the tokenizer, None if the directory holds none.
+
+    Raises:
+        ValueError: A directory that holds no compressed layer, an unknown form, or as `load_model`.
+        FileNotFoundError, FloatingPointError: As `load_model`.
+    """
+    if form != "dense" and not compressed_layers(require_directory(path)):
+        raise ValueError(
+            f"{path} holds no compressed layer. Compress it first (esparse compress {path} "
+            f"--output DIR), or load it dense, with load_model."
+        )
+    with _opened(path, dtype) as (files, model, tokenizer):
+        builder = InferenceBuilder(model.config, dtype=model.dtype, form=form)
+        reader = _Reader(files, dtype, check_finite)
+        layers = model.model.layers
+        for index in range(len(layers)):
+            layer, layers[index] = layers[index], nnx.Module()
+            reader.fill(layer, (*LAYERS_PATH.split("."), index))
+            if reader.sound:
+                builder.add(layer)
+            del layer  # before the next one is read
+            if progress is not None:
+                progress(index + 1, len(layers))
+        reader.fill(model)
+        reader.require_sound(path)
+    return builder.finish(model), tokenizer
+
+
+@contextlib.contextmanager
+def _opened(
+    path: PathLike, dtype: str | None
+) -> Iterator[tuple[TensorFiles, LlamaForCausalLM, Any]]:
+    """A directory's tensors, the model without arrays that they fit, and the tokenizer."""
     path = require_directory(path)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or None.")
@@ -141,43 +207,65 @@ def load_model(
         for layer in layers:
             shuffled = layer + PERMUTATION_SUFFIX in files.names
             set_linear(model, layer, _abstract_sparse(get_linear(model, layer), shuffled))
-        flat = dict(nnx.to_flat_state(nnx.state(model)))
-        broken, invalid = [], []
+        yield files, model, tokenizer
+
+
+class _Reader:
+    """Fills modules without arrays from a directory, and gathers what is wrong with it."""
+
+    def __init__(self, files: TensorFiles, dtype: str | None, check_finite: bool):
+        self._files, self._dtype, self._check_finite = files, dtype, check_finite
+        self._broken: list[str] = []
+        self._invalid: list[str] = []
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong so far."""
+        return not self._broken and not self._invalid
+
+    def fill(self, module: nnx.Module, prefix: tuple[Any, ...] = ()) -> None:
+        """Reads every array of a module that stands at `prefix` in the model."""
+        flat = dict(nnx.to_flat_state(nnx.state(module)))
         for place, variable in flat.items():
-            layer = ".".join(map(str, place[:-1]))
-            if isinstance(variable, Permutation):
-                order = files.read(layer + PERMUTATION_SUFFIX)
-                if problem := permutation_error(order, len(order)):
-                    invalid.append(f"{layer}: {problem}")
-                variable.set_value(jnp.asarray(order))
-                continue
-            compressed = isinstance(variable, CompressedWeight)
-            name = layer + VALUES_SUFFIX if compressed else _name(place)
-            values, found = _read(files, name, dtype, check_finite)
-            broken += found
-            array = jnp.asarray(values)
-            if compressed:
-                shape = variable.get_value().shape
-                indices = files.read(layer + INDICES_SUFFIX)
-                if problem := index_error(indices, shape[1]):
-                    invalid.append(f"{layer}: {problem}")
-                variable.set_value(Compressed24(array, jnp.asarray(indices), shape))
-            else:
-                variable.set_value(array.T if place[-1] in TRANSPOSED else array)
-    if invalid:
-        raise ValueError(
-            f"{path} has compressed layers whose values have no place; a file was changed or "
-            f"damaged. Compress the pruned checkpoint again, or download it again.\n"
-            + "\n".join(invalid + broken)
-        )
-    if broken:
-        raise FloatingPointError(
-            f"{path} has weights that are NaN or Inf; pruning and evaluation would spread them. "
-            f"Download the checkpoint again, or load it as it is with check_finite=False.\n"
-            + "\n".join(broken)
-        )
-    nnx.update(model, nnx.from_flat_state(flat.items()))
-    return model, tokenizer
+            self._read(prefix + place, variable)
+        nnx.update(module, nnx.from_flat_state(flat.items()))
+
+    def _read(self, place: tuple[Any, ...], variable: nnx.Variable) -> None:
+        layer = ".".join(map(str, place[:-1]))
+        if isinstance(variable, Permutation):
+            order = self._files.read(layer + PERMUTATION_SUFFIX)
+            if problem := permutation_error(order, len(order)):
+                self._invalid.append(f"{layer}: {problem}")
+            variable.set_value(jnp.asarray(order))
+            return
+        compressed = isinstance(variable, CompressedWeight)
+        name = layer + VALUES_SUFFIX if compressed else _name(place)
+        values, found = _read(self._files, name, self._dtype, self._check_finite)
+        self._broken += found
+        array = jnp.asarray(values)
+        if compressed:
+            shape = variable.get_value().shape
+            indices = self._files.read(layer + INDICES_SUFFIX)
+            if problem := index_error(indices, shape[1]):
+                self._invalid.append(f"{layer}: {problem}")
+            variable.set_value(Compressed24(array, jnp.asarray(indices), shape))
+        else:
+            variable.set_value(array.T if place[-1] in TRANSPOSED else array)
+
+    def require_sound(self, path: PathLike) -> None:
+        """Raises if anything was wrong."""
+        if self._invalid:
+            raise ValueError(
+                f"{path} has compressed layers whose values have no place; a file was changed or "
+                f"damaged. Compress the pruned checkpoint again, or download it again.\n"
+                + "\n".join(self._invalid + self._broken)
+            )
+        if self._broken:
+            raise FloatingPointError(
+                f"{path} has weights that are NaN or Inf; pruning and evaluation would spread "
+                f"them. Download the checkpoint again, or load it as it is with "
+                f"check_finite=False.\n" + "\n".join(self._broken)
+            )
 
 
 def load_tokenizer(path: PathLike) -> Any:

@@ -1,16 +1,20 @@
 """Model families in Flax NNX, their caches, the drop-in layers and the surgery on them."""
 
 from esparse_jax.models.cache import KVCache, LayerCache, init_cache
+from esparse_jax.models.fusion import inference_model
+from esparse_jax.models.inference import InferenceModel
 from esparse_jax.models.llama import LlamaConfig, LlamaForCausalLM, RopeConfig
 from esparse_jax.models.shapes import PUBLISHED_SHAPES, product_shapes, published_shapes
 
 __all__ = [
     "PUBLISHED_SHAPES",
+    "InferenceModel",
     "KVCache",
     "LayerCache",
     "LlamaConfig",
     "LlamaForCausalLM",
     "RopeConfig",
+    "inference_model",
     "init_cache",
     "product_shapes",
     "published_shapes",
