@@ -174,11 +174,21 @@ class DenseLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch out"]:
         weight = self.weight[...]
-        contract = (((x.ndim - 1,), (1,)), ((), ()))
-        product = jax.lax.dot_general(
-            x.astype(weight.dtype), weight, contract, preferred_element_type=jnp.float32
-        )
-        return _with_bias(product.astype(weight.dtype), self.bias)
+        x = x.astype(weight.dtype)
+        product = jax.lax.platform_dependent(x, weight, cpu=_dense_wide, default=_dense)
+        return _with_bias(product, self.bias)
+
+
+def _dense(x: Float[Array, "*batch channel"], weight: Float[Array, "out channel"]) -> Array:
+    """GPUs add up in float32 and round once; to ask for float32 would write it to memory."""
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _dense_wide(x: Float[Array, "*batch channel"], weight: Float[Array, "out channel"]) -> Array:
+    """The same on the CPU, where XLA is asked for float32: it promises nothing of 16 bits there."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, contract, preferred_element_type=wide).astype(x.dtype)
 
 
 def _with_bias(product: Float[Array, "*batch out"], bias: nnx.Param | None) -> Array:

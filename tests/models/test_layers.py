@@ -12,6 +12,7 @@ from esparse_jax.models.layers import (
     CalibrationRange,
     CalibrationStats,
     CompressedWeight,
+    DenseLinear,
     MaskedLinear,
     ObservedLinear,
     Permutation,
@@ -178,3 +179,22 @@ def test_wrong_shapes_are_refused():
     weight = jnp.where(two_of_four(), linear().kernel[...].T, 0)
     with pytest.raises(ValueError, match=r"permutation has shape \(4,\).*must be \(16,\)"):
         SparseLinear(compress24(weight), jnp.arange(4))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_dense_product_sums_in_float32_and_writes_16_bits(dtype):
+    """On CUDA the product is rounded where it is summed; on the CPU float32 is asked for."""
+    generator = np.random.default_rng(0)
+    weight = jnp.asarray(generator.normal(size=(24, 4096)), dtype)
+    x = jnp.asarray(generator.normal(size=(3, 4096)), dtype)
+    layer = DenseLinear(weight)
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    found = jax.jit(lambda x: layer(x))(x)
+    assert found.dtype == jnp.dtype(dtype)
+    error = np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max()
+    assert error <= float(jnp.finfo(dtype).eps)
+    text = jax.export.export(jax.jit(lambda x: layer(x)), platforms=["cuda"])(x).mlir_module()
+    (product,) = (line for line in text.splitlines() if "stablehlo.dot_general" in line)
+    name = {"float16": "f16", "bfloat16": "bf16"}[dtype]
+    assert f"-> tensor<3x24x{name}>" in product
+    assert "xf32>" not in text
