@@ -220,7 +220,7 @@ def _dense(*linears: nnx.Module) -> DenseLinear:
     """Linears one below the other, dense, in the natural order of channels."""
     weights, biases = [], []
     for linear in linears:
-        weights.append(_natural_weight(linear))
+        weights.append(natural_weight(linear))
         bias = linear.linear.bias if isinstance(linear, MaskedLinear) else linear.bias
         biases.append(_value(bias))
     if all(bias is None for bias in biases):
@@ -232,7 +232,8 @@ def _dense(*linears: nnx.Module) -> DenseLinear:
     return DenseLinear(jnp.concatenate(weights), jnp.concatenate(filled))
 
 
-def _natural_weight(linear: nnx.Module) -> Float[Array, "out channel"]:
+def natural_weight(linear: nnx.Module) -> Float[Array, "out channel"]:
+    """The weight of any linear, dense, its channels in the natural order."""
     if not isinstance(linear, SparseLinear):
         return weight_of(linear)
     weight = decompress24(linear.weight.get_value())
