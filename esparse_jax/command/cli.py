@@ -32,7 +32,8 @@ from esparse_jax.files import (
     verify_checkpoint,
     write_json,
 )
-from esparse_jax.inference import TextStream, TokenRate, generate, perplexity
+from esparse_jax.inference import TextStream, TokenRate, bench, generate, perplexity
+from esparse_jax.inference.bench import BenchOptions, BenchResult
 from esparse_jax.models.surgery import require_compressible
 from esparse_jax.pipeline import prune_model
 from esparse_jax.pruning import NMPattern, PruneConfig
@@ -388,6 +389,80 @@ class Generate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure tokens per second, time to the first token and memory, dense against compressed.
+
+    Each form runs in a process of its own, so dense and compressed model are never on the device
+    together. Exit status 1 if one of them fails, for want of memory, say.
+    """
+
+    stage: tyro.conf.Positional[Literal["decode", "prefill"]]
+    """decode: steps of one token a row. prefill: reading the prompts."""
+    model: tyro.conf.Positional[Path | None] = None
+    """A compressed directory; for `--forms dense plain` an hf one."""
+    shape: (
+        Literal[
+            "llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama-70b", "llama-3-8b", "tiny"
+        ]
+        | None
+    ) = None
+    """Or random 2:4 weights of a published shape; tiny is for trying it."""
+    layers: int | None = None
+    """Only so many layers of the shape: 8 of llama-70b fit where all 80 do not."""
+    batch: int = BenchOptions.batch
+    context: int = BenchOptions.context
+    """Tokens of each prompt."""
+    new_tokens: int = BenchOptions.new_tokens
+    """Decode steps of a measurement, rounded up to a multiple of 16."""
+    forms: tuple[Literal["dense", "sparse", "plain", "torch"], ...] = ("dense", "sparse")
+    """dense: the same code with XLA's dense products. plain: one product for each linear, as for
+    pruning. torch: transformers' model of random weights, with CUDA graphs. Ratios are to the first
+    form."""
+    torch: bool = False
+    """Also the form torch."""
+    dtype: Dtype = "auto"
+    """auto: float32 on the CPU; else the model's own, and float16 for a shape."""
+    shuffle: Literal["none", "within", "free"] = BenchOptions.shuffle
+    """Channel orders of a shape; free: that of the attention output leaves its heads."""
+    repeats: int = BenchOptions.repeats
+    json: Path | None = None
+    """Also write all that was measured here."""
+
+    def run(self, console: Console) -> int:
+        options = BenchOptions(
+            stage=self.stage,
+            model=None if self.model is None else str(self.model),
+            shape=self.shape,
+            layers=self.layers,
+            batch=self.batch,
+            context=self.context,
+            new_tokens=self.new_tokens,
+            dtype=self.dtype,
+            shuffle=self.shuffle,
+            repeats=self.repeats,
+        )
+        forms = tuple(dict.fromkeys((*self.forms, "torch") if self.torch else self.forms))
+        options.check(forms)
+        base: list[BenchResult] = []
+
+        def show(text: str) -> None:
+            console.print(text, markup=False, highlight=False)
+
+        def take(result: BenchResult) -> None:
+            if result.error is None:
+                base.append(result)
+            show(bench.line(options, result, base[0] if base else None))
+
+        show(bench.title(options))
+        show(bench.HEADER)
+        results = bench.run_bench(options, forms, on_result=take)
+        for text in bench.legend(options, results):
+            show(text)
+        finish(self.json, bench.as_dict(options, results))
+        return 1 if any(result.error is not None for result in results) else 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Verify:
     """Check every pruned layer of a checkpoint group by group; exit status 1 on any violation."""
 
@@ -506,6 +581,7 @@ Verb = (
     | Annotated[Expand, tyro.conf.subcommand("expand")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
