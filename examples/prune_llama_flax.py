@@ -84,7 +84,7 @@ def main(args: Arguments) -> None:
     difference = float(np.abs(ours - masked).max() / np.abs(masked).max())
     print(f"\nsparse against masked dense logits: {difference:.1e} of the largest")
     results = {"rows": rows, "logit difference": difference}
-    for name, candidate in {"dense": model, "2:4 sparse": sparse}.items():
+    for name, candidate in {"dense": model, "2:4 sparse": es.inference_model(sparse)}.items():
         new, rate = greedy(candidate, tokenizer(args.prompt)["input_ids"], args.new_tokens)
         results[f"{name} tokens per second"] = rate
         print(f"\n== {name}, {rate:.0f} tokens/s\n{args.prompt}{tokenizer.decode(new)}")

@@ -142,8 +142,8 @@ def seconds(call: Callable[[], object], *, batches: int = 7, least_seconds: floa
     return statistics.median(times)
 
 
-def copy_bandwidth(values: int = 1 << 29) -> float:
-    """Bytes per second of a copy of so many int32 on the device, read and written ones counted."""
-    source = jnp.ones(values, jnp.int32)
+def copy_bandwidth() -> float:
+    """Bytes per second of a large copy on the device, read and written bytes counted."""
+    source = jnp.ones(1 << 29, jnp.int32)
     copy = jax.jit(jnp.copy)
     return 2 * source.nbytes / seconds(lambda: copy(source))
