@@ -399,7 +399,7 @@ class Bench:
     stage: tyro.conf.Positional[Literal["decode", "prefill"]]
     """decode: steps of one token a row. prefill: reading the prompts."""
     model: tyro.conf.Positional[Path | None] = None
-    """A compressed directory; for `--forms dense plain` an hf one."""
+    """A compressed directory; for `--forms dense plain` an hf one as well."""
     shape: (
         Literal[
             "llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama-70b", "llama-3-8b", "tiny"

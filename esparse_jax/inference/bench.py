@@ -36,6 +36,7 @@ from jaxtyping import Array, Float, Int
 from esparse_jax.files.checkpoint import compressed_layers, load_inference_model, load_model
 from esparse_jax.files.directory import read_config, require_directory
 from esparse_jax.inference.generate import CHUNK, decode, generate, prefill
+from esparse_jax.models.fusion import with_dense_linears
 from esparse_jax.models.layers import CompressedWeight, Permutation
 from esparse_jax.models.llama import CausalLM, LlamaConfig
 from esparse_jax.models.random_model import SHUFFLES, random_model
@@ -64,7 +65,7 @@ class BenchOptions:
 
     Attributes:
         stage: "decode": steps of one token a row. "prefill": reading the prompts.
-        model: A compressed directory; for "dense" alone an hf one, too; for "plain" only that.
+        model: A compressed directory; for the dense forms alone an hf one as well.
         shape: Or random weights of this name in `SHAPES`; the context may be longer than that
             model's.
         layers: So many layers of the shape; None for all.
@@ -161,16 +162,10 @@ class BenchOptions:
                 + (f" and {self.steps + 1} new tokens" if self.stage == "decode" else "")
                 + f" take {self.slots} positions; {self.model} has {context}."
             )
-        compressed = bool(compressed_layers(self.model))
-        if "sparse" in forms and not compressed:
+        if "sparse" in forms and not compressed_layers(self.model):
             raise ValueError(
                 f"{self.model} holds no compressed layer. Compress it first (esparse compress "
                 f"{self.model} --output DIR), or measure the forms dense and plain alone."
-            )
-        if "plain" in forms and compressed:
-            raise ValueError(
-                f"{self.model} is a compressed checkpoint, and the form plain is that of an hf "
-                f"one. Expand it first: esparse expand {self.model} --output DIR."
             )
 
 
@@ -421,7 +416,10 @@ def bench_model(options: BenchOptions, form: str, dtype: str) -> CausalLM:
     """The model that is measured, made or read layer by layer."""
     if options.model is not None:
         if form == "plain":
-            return load_model(options.model, dtype=dtype)[0]
+            model, _ = load_model(options.model, dtype=dtype)
+            for layer in model.model.layers:
+                with_dense_linears(layer)
+            return model
         kind = "dense" if form == "dense" else None
         return load_inference_model(options.model, dtype=dtype, form=kind)[0]
     config = dataclasses.replace(options.config(), dtype=dtype)

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from esparse_jax.models.inference import InferenceLayer, InferenceModel
 from esparse_jax.models.layers import DenseLinear, MaskedLinear, ObservedLinear, SparseLinear
 from esparse_jax.models.llama import LlamaConfig, LlamaDecoderLayer, LlamaForCausalLM
-from esparse_jax.models.surgery import iter_linears, weight_of
+from esparse_jax.models.surgery import iter_linears, set_linear, weight_of
 from esparse_jax.sparse.blob import blob24, device_blob24, interleave_gate_up, why_no_blob
 from esparse_jax.sparse.compress import (
     GROUP,
@@ -220,7 +220,7 @@ def _dense(*linears: nnx.Module) -> DenseLinear:
     """Linears one below the other, dense, in the natural order of channels."""
     weights, biases = [], []
     for linear in linears:
-        weights.append(natural_weight(linear))
+        weights.append(_natural_weight(linear))
         bias = linear.linear.bias if isinstance(linear, MaskedLinear) else linear.bias
         biases.append(_value(bias))
     if all(bias is None for bias in biases):
@@ -232,12 +232,34 @@ def _dense(*linears: nnx.Module) -> DenseLinear:
     return DenseLinear(jnp.concatenate(weights), jnp.concatenate(filled))
 
 
-def natural_weight(linear: nnx.Module) -> Float[Array, "out channel"]:
+def _natural_weight(linear: nnx.Module) -> Float[Array, "out channel"]:
     """The weight of any linear, dense, its channels in the natural order."""
     if not isinstance(linear, SparseLinear):
         return weight_of(linear)
     weight = decompress24(linear.weight.get_value())
     return weight if linear.permutation is None else weight[:, jnp.argsort(linear.permutation[...])]
+
+
+def with_dense_linears(layer: LlamaDecoderLayer) -> LlamaDecoderLayer:
+    """The same layer, its compressed linears made dense, as a dense checkpoint loads."""
+    for path, linear in list(iter_linears(layer)):
+        if not isinstance(linear, SparseLinear):
+            continue
+        dense = nnx.eval_shape(
+            lambda linear=linear: nnx.Linear(
+                linear.in_features,
+                linear.out_features,
+                use_bias=linear.bias is not None,
+                dtype=linear.dtype,
+                param_dtype=linear.dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        dense.kernel.set_value(_natural_weight(linear).astype(linear.dtype).T)
+        if linear.bias is not None:
+            dense.bias.set_value(linear.bias[...].astype(linear.dtype))
+        set_linear(layer, path, dense)
+    return layer
 
 
 def _sparse_layer(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
-from esparse_jax.models.fusion import InferenceBuilder, natural_weight
+from esparse_jax.models.fusion import InferenceBuilder, with_dense_linears
 from esparse_jax.models.inference import InferenceModel
 from esparse_jax.models.layers import SparseLinear
 from esparse_jax.models.llama import (
@@ -18,7 +18,7 @@ from esparse_jax.models.llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
 )
-from esparse_jax.models.surgery import get_linear, iter_linears, set_linear
+from esparse_jax.models.surgery import get_linear, set_linear
 from esparse_jax.sparse.compress import GROUP, KEPT, NIBBLE_OF_SET, Compressed24
 
 SHUFFLES = ("none", "within", "free")
@@ -57,7 +57,7 @@ def random_model(
     for index in range(config.num_hidden_layers):
         layer = random_layer(config, jax.random.fold_in(key, index), shuffle=shuffle)
         if plain:
-            model.model.layers[index] = _with_dense_linears(layer)
+            model.model.layers[index] = with_dense_linears(layer)
             jax.block_until_ready(jax.tree.leaves(nnx.state(model.model.layers[index])))
         else:
             builder.add(layer)
@@ -128,21 +128,3 @@ def _outside(config: LlamaConfig, key: Key[Array, ""]) -> LlamaForCausalLM:
         kernel = jax.random.normal(keys[2], table[::-1], config.dtype)
         model.lm_head.kernel.set_value(kernel / math.sqrt(config.hidden_size))
     return model
-
-
-def _with_dense_linears(layer: LlamaDecoderLayer) -> LlamaDecoderLayer:
-    """The layer with the same weights in `nnx.Linear`s, as loading a dense checkpoint leaves it."""
-    for path, linear in list(iter_linears(layer)):
-        dense = nnx.eval_shape(
-            lambda linear=linear: nnx.Linear(
-                linear.in_features,
-                linear.out_features,
-                use_bias=False,
-                dtype=linear.dtype,
-                param_dtype=linear.dtype,
-                rngs=nnx.Rngs(0),
-            )
-        )
-        dense.kernel.set_value(natural_weight(linear).T)
-        set_linear(layer, path, dense)
-    return layer

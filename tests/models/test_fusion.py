@@ -15,7 +15,7 @@ from flax import nnx
 from esparse_jax import generate
 from esparse_jax.inference.generate import CHUNK, decode, prefill
 from esparse_jax.models.cache import init_cache
-from esparse_jax.models.fusion import inference_model, order_of_values
+from esparse_jax.models.fusion import inference_model, order_of_values, with_dense_linears
 from esparse_jax.models.layers import CompressedWeight, DenseLinear, SparseLinear
 from esparse_jax.models.surgery import (
     get_linear,
@@ -458,3 +458,15 @@ def test_mistakes_are_explained():
     linear = device.model.layers[0].o
     with pytest.raises(TypeError, match="multiplied in its own dtype, float16; got dtype=float32"):
         SparseLinear(linear.weight.get_value(), dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_compressed_linears_become_dense_as_they_were(biased):
+    fields = FIELDS | MODELS["gqa"] | {"torch_dtype": "float32", "attention_bias": biased}
+    masked, orders = pruned(llama_cases.build(fields), "free", skip=("up_proj",))
+    sparse = sparsify_model(masked, orders)
+    for ours, theirs in zip(sparse.model.layers, masked.model.layers, strict=True):
+        assert with_dense_linears(ours) is ours
+        assert nnx.graphdef(ours) == nnx.graphdef(theirs)
+        for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (ours, theirs)), strict=True):
+            np.testing.assert_array_equal(a, b)
