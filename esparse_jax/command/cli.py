@@ -26,6 +26,7 @@ from esparse_jax.files import (
     expand_checkpoint,
     load_inference_model,
     load_model,
+    read_esparse,
     read_prompts,
     read_text_tokens,
     save_model,
@@ -180,6 +181,14 @@ class Prune:
             raise ValueError(
                 f"{self.model} is a compressed checkpoint; pruning needs dense weights. Expand it "
                 f"first: esparse expand {self.model} --output DIR."
+            )
+        recorded = read_esparse(self.model)
+        if recorded is not None:
+            Console(stderr=True, soft_wrap=True).print(
+                f"{self.model} was pruned before, to {recorded.get('pattern')}: what is zero there "
+                f"scores zero now.",
+                markup=False,
+                highlight=False,
             )
         model, tokenizer = load_model(self.model, dtype=compute_dtype(self.dtype))
         length = self.sequence_length or min(2048, model.config.max_position_embeddings)

@@ -63,6 +63,17 @@ def test_prune_writes_a_checkpoint_that_verifies(pruned, checkpoint, capsys):
     assert "model.layers.0" in capsys.readouterr().out
 
 
+def test_pruning_again_is_said(pruned, text, tmp_path, capsys):
+    code = run(
+        "prune", pruned / "out", "--output", tmp_path / "again", "--calibration", text,
+        "--num-samples", 4, "--sequence-length", 16, "--shuffle", "none", "--method", "magnitude",
+        "--pattern", "1:4",
+    )  # fmt: skip
+    assert code == 0
+    assert f"{pruned / 'out'} was pruned before, to 2:4" in capsys.readouterr().err
+    assert run("verify", tmp_path / "again", "--pattern", "1:4") == 0
+
+
 def test_prune_selects_by_the_error_inside_heads_and_slices(checkpoint, text, tmp_path, capsys):
     code = run(
         "prune", checkpoint, "--output", tmp_path / "out", "--calibration", text,
