@@ -63,6 +63,7 @@ from esparse_jax.sparse._timing import (
     copy_bandwidth,
     estimate,
     random_24,
+    seconds,
 )
 from esparse_jax.sparse.table import TuningTable
 
@@ -88,12 +89,10 @@ class Options:
     table: Path | None = None
     """Tuning table to use; the machine's own if not given."""
     batches: int = 7
-    turns: int = 8
-    """How often the chain of the decode kernel runs in a batch."""
     seconds: float | None = None
     """Begin nothing that would not end in this time, by the slowest number of rows so far."""
     json: Path | None = None
-    """Also write the figures here, after every shape."""
+    """Also write the figures here, after every line."""
 
 
 @dataclass
@@ -109,6 +108,8 @@ class Row:
     times: dict[str, float] = field(default_factory=dict)
     torch: dict[str, float] = field(default_factory=dict)
     algorithm: int | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why a column has no time."""
 
     @property
     def best_dense(self) -> float:
@@ -118,12 +119,12 @@ class Row:
     @property
     def ratio(self) -> float:
         """How many times as fast as that the dispatched product is."""
-        return self.best_dense / self.times["dispatch"]
+        return self.best_dense / self.times.get("dispatch", math.nan)
 
     @property
     def share(self) -> float:
         """What of its time the bytes take."""
-        return self.bound / self.times["dispatch"]
+        return self.bound / self.times.get("dispatch", math.nan)
 
     def derived(self) -> dict[str, float | None]:
         """What follows from the times; None where a column is missing."""
@@ -175,24 +176,25 @@ def decode_time(xs: list, blobs: list, prefetch: bool, options: Options) -> floa
         return y
 
     y = jnp.zeros((xs[0].shape[0], blobs[0].shape[0]), xs[0].dtype)
-    times = []
-    for batch in range(options.batches + 2):
-        start = time.perf_counter()
-        for _ in range(options.turns):
-            y = chain(xs, blobs, y)
-        jax.block_until_ready(y)
-        if batch > 1:
-            times.append((time.perf_counter() - start) / (options.turns * len(xs)))
-    return statistics.median(times) * 1e6
+
+    def call() -> jax.Array:
+        nonlocal y
+        y = chain(xs, blobs, y)
+        return y
+
+    return seconds(call, batches=options.batches) / len(xs) * 1e6
 
 
-def torch_times(
-    rows: int, out: int, channels: int, dtype: str, count: int, copies: int
-) -> dict[str, float]:
-    """Microseconds by cuBLAS and cuBLASLt, each in both orders of the operands."""
-    kind = getattr(torch, dtype)
-    xs = [torch.randn(rows, channels, device="cuda", dtype=kind) for _ in range(count // copies)]
-    weights = [torch.randn(out, channels, device="cuda", dtype=kind) for _ in range(copies)]
+def torch_times(xs: list[jax.Array], copies: list[jax.Array]) -> dict[str, float]:
+    """Microseconds by cuBLAS and cuBLASLt, each in both orders of the operands.
+
+    Of the very arrays that XLA multiplies: zeros take less power, so a large product of other
+    numbers has another clock.
+    """
+    jax.block_until_ready((xs, copies))
+    xs, weights = ([torch.from_dlpack(array) for array in each] for each in (xs, copies))
+    (rows, channels), out = xs[0].shape, weights[0].shape[0]
+    copies, count = len(weights), len(weights) * len(xs)
     orders = {
         "x first": lambda x, w: torch.mm(x, w.t()),
         "weight first": lambda x, w: torch.mm(w, x.t()),
@@ -206,14 +208,15 @@ def torch_times(
             with torch.cuda.graph(graph):
                 for i in range(count):
                     multiply(xs[i // copies], weights[i % copies])
-            times = []
+            times, replays = [], max(1, math.ceil(1e4 / (estimate(rows, (out, channels)) * count)))
             for _ in range(9):
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                graph.replay()
+                for _ in range(replays):  # queued, so that the GPU never waits for the host
+                    graph.replay()
                 end.record()
                 end.synchronize()
-                times.append(start.elapsed_time(end) * 1e3 / count)
+                times.append(start.elapsed_time(end) * 1e3 / (count * replays))
             found[f"{library}, {order}"] = statistics.median(times[2:])
             del graph
     torch.backends.cuda.preferred_blas_library("default")
@@ -255,7 +258,7 @@ class Weights:
 def measure(
     weights: Weights, rows: int, bandwidth: float, table: TuningTable | None, options: Options
 ) -> Row:
-    """All columns for one number of rows."""
+    """All columns for one number of rows; one that fails costs itself only."""
     (out, channels), dtype = weights.shape, weights.dtype
 
     def inputs(count: int) -> list[jax.Array]:
@@ -288,13 +291,13 @@ def measure(
     def by_library(algorithm: Algorithm | None) -> Callable:
         return partial(sparse_matmul, backend="cusparselt", algorithm=algorithm)
 
-    for column in dict.fromkeys((*options.columns, "dispatch")):
+    def time_column(column: str) -> None:
         if column == "xla":
             times[column] = chained(dense, weights.dense(rows))
         elif column == "torch" and torch is not None:
-            copies = len(weights.dense(rows))
-            count = copies * chain_inputs(rows, weights.shape, copies)
-            line.torch = torch_times(rows, out, channels, dtype, count, copies)
+            copies = weights.dense(rows)
+            xs = inputs(chain_inputs(rows, weights.shape, len(copies)))
+            line.torch = torch_times(xs, copies)
             times[column] = min(line.torch.values())
         elif column == "cuslt" and library_facts().version is not None:
             times[column] = chained(by_library(None), weights.blobs(rows))
@@ -309,6 +312,12 @@ def measure(
             times[column] = decode_time(xs, blobs, column == "decode", options)
         elif column == "dispatch":
             times[column] = chained(sparse_matmul, weights.blobs(rows))
+
+    for column in dict.fromkeys((*options.columns, "dispatch")):
+        try:
+            time_column(column)
+        except (RuntimeError, ValueError) as error:  # of memory that is missing, above all
+            line.failed[column] = " ".join(str(error).split())[:300]
     return line
 
 
@@ -319,6 +328,9 @@ def summary(table: list[Row]) -> list[str]:
         of_dtype = [row for row in table if row.dtype == dtype]
         for number in dict.fromkeys(row.rows for row in of_dtype):
             rows = [row for row in of_dtype if row.rows == number]
+            rows = [row for row in rows if "dispatch" in row.times]
+            if not rows:
+                continue
             share = statistics.geometric_mean([row.share for row in rows])
             text = f"{dtype}, {number} rows, {len(rows)} shapes: share of the bound {share:.3f}"
             ratios = [row.ratio for row in rows]
@@ -337,11 +349,11 @@ def summary(table: list[Row]) -> list[str]:
 
 def lines_within(
     bandwidth: float, table: TuningTable | None, options: Options, started: float
-) -> Iterator[Row | None]:
-    """A line for every product; None after the last one of a shape. Ends where time does."""
+) -> Iterator[Row]:
+    """A line for every product. Ends where time does."""
     slowest = 0.0
-    for dtype in options.dtypes:
-        for out, channels in wanted_shapes(options.shapes):
+    for out, channels in wanted_shapes(options.shapes):
+        for dtype in options.dtypes:
             weights = None
             for rows in options.rows:
                 begun = time.monotonic()
@@ -350,7 +362,6 @@ def lines_within(
                 weights = weights or Weights(out, channels, dtype)
                 yield measure(weights, rows, bandwidth, table, options)
                 slowest = max(slowest, time.monotonic() - begun)
-            yield None
 
 
 def main(options: Options) -> None:
@@ -391,12 +402,11 @@ def main(options: Options) -> None:
 
     with use_table(given) if given else contextlib.nullcontext():
         for line in lines_within(bandwidth, table, options, started):
-            if line is None:
-                write()
-            else:
-                print(line, flush=True)
-                measured.append(line)
-    write()
+            print(line, flush=True)
+            for column, reason in line.failed.items():
+                print(f"  no {column}: {reason}")
+            measured.append(line)
+            write()
     print(*summary(measured), sep="\n")
     if len(measured) < asked:
         print(f"{len(measured)} of {asked} products: the {options.seconds:g} seconds are over")

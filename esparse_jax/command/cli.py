@@ -530,7 +530,12 @@ class Tune:
 
         def stored(machine: Machine) -> TuningTable | None:
             file = self.output or table_file(machine)
-            return load_table(file) if file.exists() else None
+            table = load_table(file) if file.exists() else None
+            if table is not None and table.machine != machine:
+                raise ValueError(
+                    f"{file} is the table of {table.machine}; here is {machine}. Give another file."
+                )
+            return table
 
         def known(machine: Machine) -> TuningTable | None:
             return None if self.again else stored(machine)
@@ -548,12 +553,11 @@ class Tune:
                         known=known,
                         limits=Limits(candidate=self.seconds),
                         progress=lambda step, update=update: update(step.done, step.total),
+                        on_record=lambda table: save_table(table, self.output),
                     )
                 except RuntimeError as error:  # no GPU, or none that answers
                     raise ValueError(str(error)) from error
             machine = found.machine
-            if found.records:
-                save_table(found, self.output)
         table = stored(machine)
         records = asked_for(table, shapes, dtype, self.rows)
         for line in record_lines(records):

@@ -406,7 +406,9 @@ def time_candidate(
         workspace = _workspace_bytes(opened, rows, out, channels, x.dtype.name, algorithm)
     with jax.default_device(where):
         y = jnp.zeros((rows, out), x.dtype) if y is None else y
-        scratch = jnp.zeros((max(workspace, 1),), jnp.uint8)
+    # What a workspace holds at first is not known where XLA sets it aside. Made on the host, since
+    # every size would be compiled for.
+    scratch = jax.device_put(np.full(max(workspace, 1), 0xFF, np.uint8), where)
     jax.block_until_ready((x, blobs, y, scratch))
     return extension.cusparselt_time(
         device=where.local_hardware_id,

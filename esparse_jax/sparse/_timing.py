@@ -101,9 +101,7 @@ class Chain:
                     results.append(last)
             return results
 
-        def chain(xs, weights):
-            y = jax.eval_shape(product, xs[0], weights[0])
-            start = [jnp.zeros(y.shape, y.dtype)] * count
+        def chain(xs, weights, start):
             return jax.lax.fori_loop(
                 0,
                 self._turns,
@@ -112,17 +110,22 @@ class Chain:
                 start,
             )
 
-        jitted = jax.jit(chain, compiler_options=_SERIAL)
-        self._call = jitted.lower(*self._arguments).compile()
+        y = jax.eval_shape(product, xs[0], weights[0])
+        (where,) = jax.tree.leaves(weights)[0].devices()
+        with jax.default_device(where):
+            # What a call returns is written over by the next one: nothing is set aside or cleared.
+            self._results = [jnp.zeros(y.shape, y.dtype) for _ in range(count)]
+        jitted = jax.jit(chain, donate_argnums=2, compiler_options=_SERIAL)
+        self._compiled = jitted.lower(*self._arguments, self._results).compile()
+
+    def _call(self) -> list[Array]:
+        self._results = self._compiled(*self._arguments, self._results)
+        return self._results
 
     def microseconds(self, batches: int = 5, least_seconds: float = 0.01) -> float:
         """Of a product: the median over batches of queued chains, each of `least_seconds`."""
         return (
-            1e6
-            * seconds(
-                lambda: self._call(*self._arguments), batches=batches, least_seconds=least_seconds
-            )
-            / self._products
+            1e6 * seconds(self._call, batches=batches, least_seconds=least_seconds) / self._products
         )
 
 

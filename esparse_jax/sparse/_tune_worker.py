@@ -51,7 +51,7 @@ def _worst(
     Elements smaller than their root mean square are held to that: there, sums cancel.
     """
     here = jnp.arange(y.shape[0])[:, None] < rows
-    squares = jnp.sum(jnp.where(here, jnp.square(exact), 0)) / (rows * y.shape[1])
+    squares = jnp.sum(jnp.where(here, jnp.square(exact), 0)) / (jnp.float32(rows) * y.shape[1])
     error = jnp.abs(y.astype(jnp.float32) - exact) / (jnp.abs(exact) + jnp.sqrt(squares))
     error = jnp.where(error < jnp.inf, error, jnp.inf)  # XLA's maximum on the CPU loses a nan
     return jnp.max(jnp.where(here, error, 0)) / float(jnp.finfo(dtype).eps)
@@ -84,6 +84,12 @@ class Bench:
             self._exact = jax.jit(_exact)(self._x, self._weight)
             self._blob = device_blob24(compress24(self._weight)) if on_gpu else None
         self._library = _ffi_cusparselt.library() if on_gpu else None
+        self._no_library: str | None = None
+        if on_gpu and self._library is None:
+            try:
+                _ffi_cusparselt.load_cusparselt()
+            except RuntimeError as error:
+                self._no_library = str(error)
         self._rows = 0
         self._weights = [self._weight]  # dense copies
         self._blobs = None if self._blob is None else self._blob.data[None]
@@ -99,6 +105,7 @@ class Bench:
             "jax": jax.__version__,
             "decode": isinstance(self._blob, Blob24) and _ffi_cuda.decode_available(),
             "algorithms": 0 if self._library is None else self._count_algorithms(),
+            "no_library": self._no_library,
         }
 
     def make_operands(self, rows: int) -> None:
@@ -119,7 +126,7 @@ class Bench:
         try:
             return self._plan(self._most_rows, None).algorithms
         except RuntimeError as error:
-            print(error, file=sys.stderr)
+            self._no_library = str(error)
             return 0
 
     def _plan(self, rows: int, algorithm: Algorithm | None) -> _ffi_cusparselt.PlanFacts:

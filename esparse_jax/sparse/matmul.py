@@ -362,15 +362,13 @@ def _measured(choice: _Choice, rows: int) -> Record | None:
 def _ways(choice: _Choice, rows: int) -> list[Way]:
     """How a `Blob24` may be multiplied: what was measured, the fastest first, then the usual.
 
-    Up to 16 rows only a record says something that the decode kernel took part in. For more, the
-    kernel is called for every 16 of them, but only where that was measured, and an algorithm that
-    is asked for decides for the library.
+    A decode kernel that crashed, hung or computed wrong numbers is not among them. For more than
+    16 rows it is called for every 16 of them, but only where that was measured, and an algorithm
+    that is asked for decides for the library.
     """
     record, few = _measured(choice, rows), rows <= _ffi_cuda.MAX_ROWS
-    if record is not None and few and record.rows > _ffi_cuda.MAX_ROWS:
-        record = None
     ways = [] if record is None else record.ways()
-    if few:
+    if few and not (record is not None and "decode" in record.failed):
         ways.append(Way("decode", math.inf))
     ways.append(Way("cusparselt", math.inf))
     pieces = record is not None and rows <= record.rows and choice.algorithm is None

@@ -141,23 +141,19 @@ class TuningTable:
         object.__setattr__(self, "records", ordered)
 
     @functools.cached_property
-    def _products(self) -> dict[tuple[str, int, int], list[Record]]:
-        products: dict[tuple[str, int, int], list[Record]] = {}
-        for record in self.records:
-            products.setdefault(record.key[:3], []).append(record)
-        return products
+    def _by_key(self) -> dict[tuple[str, int, int, int], Record]:
+        return {record.key: record for record in self.records}
 
     def find(self, shape: tuple[int, int], dtype: Any, rows: int) -> Record | None:
-        """The record of the smallest number of rows that is at least `rows`, else of the largest.
+        """The record that serves a number of rows: the one of its `bucket`.
 
         Args:
             shape: `(out, channel)` of the weight.
 
         Returns:
-            None where this shape was not measured in this dtype.
+            None where that was not measured: what is best for 16 rows says nothing of 4,096.
         """
-        records = self._products.get((np.dtype(dtype).name, *shape), [])
-        return next((record for record in records if record.rows >= rows), (records or [None])[-1])
+        return self._by_key.get((np.dtype(dtype).name, *shape, bucket(rows)))
 
 
 def _product(dtype: str, out: int, channels: int, rows: int) -> str:
@@ -539,7 +535,7 @@ def choose_form(
     missing = [
         size
         for size, record in found.items()
-        if record is None or record.rows != size or record.sparse is None or record.dense is None
+        if record is None or record.sparse is None or record.dense is None
     ]
     name = f"{shape[0]}x{shape[1]} {np.dtype(dtype).name}"
     if missing:

@@ -1,5 +1,6 @@
 """Which product `sparse_matmul` takes, by what was measured: read off what is lowered for CUDA."""
 
+import dataclasses
 import functools
 import logging
 import re
@@ -135,12 +136,16 @@ def test_without_a_record_the_rows_decide():
     assert algorithm_of(lowered(64, tuned)) == -1
 
 
-def test_the_record_of_the_next_number_of_rows_is_taken_else_that_of_the_largest():
+def test_the_record_of_the_bucket_is_taken_and_no_other():
     tuned = table(
         record(32, library=9.0, id=1), record(64, library=9.0, id=2), record(256, library=9.0, id=3)
     )
-    found = {rows: algorithm_of(lowered(rows, tuned)) for rows in (17, 32, 33, 64, 65, 256, 1000)}
-    assert found == {17: 1, 32: 1, 33: 2, 64: 2, 65: 3, 256: 3, 1000: 3}
+    rows = (17, 32, 33, 64, 65, 128, 129, 256, 1000)
+    found = {number: algorithm_of(lowered(number, tuned)) for number in rows}
+    own = -1  # the library's own choice: what is best for 64 rows says nothing of 65
+    assert found == {
+        17: 1, 32: 1, 33: 2, 64: 2, 65: own, 128: own, 129: 3, 256: 3, 1000: own,
+    }  # fmt: skip
 
 
 @needs_kernel
@@ -148,7 +153,13 @@ def test_few_rows_are_not_decided_by_records_of_many():
     """There the decode kernel was not in the race."""
     tuned = table(record(64, library=5.0))
     assert is_decode(lowered(16, tuned))
-    assert algorithm_of(lowered(17, tuned)) == 5
+    assert algorithm_of(lowered(64, tuned)) == 5
+
+
+@needs_kernel
+def test_a_kernel_that_failed_is_not_dispatched():
+    crashed = dataclasses.replace(record(16), failed={"decode": "with 16 rows: SIGSEGV"})
+    assert algorithm_of(lowered(16, table(crashed))) == -1
 
 
 @needs_kernel
@@ -159,7 +170,7 @@ def test_more_than_sixteen_rows_are_decoded_only_where_that_was_measured():
     assert MATMUL not in text
     assert "tensor<16x128xf16>" in text
     assert "tensor<4x128xf16>" in text
-    assert algorithm_of(lowered(33, tuned)) == 5  # beyond what was measured
+    assert algorithm_of(lowered(33, tuned)) == -1  # not what was measured
     slower = table(record(16, decode=5.0), record(32, decode=9.0, library=6.0))
     assert algorithm_of(lowered(20, slower)) == 5
     assert algorithm_of(lowered(20, table(record(16, decode=5.0)))) == -1

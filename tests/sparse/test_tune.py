@@ -106,7 +106,7 @@ def test_every_way_is_measured_and_the_best_again(worker):
 
     asked = worker.asked()
     coarse = [line["name"] for line in asked if not line["thorough"]]
-    algorithms = [f"cusparselt, id {i}{split}" for i in range(3) for split in ("", ", split_k -1")]
+    algorithms = [f"cusparselt, id {i}{split}" for split in ("", ", split_k -1") for i in range(3)]
     assert coarse[0] == "dense"
     assert coarse[1] == "decode"
     assert len(coarse) == 2 + 80 + 6
@@ -266,16 +266,56 @@ def test_a_rule_that_computes_wrong_numbers_leaves_the_library(worker):
     assert list(record.failed) == ["decode"]
 
 
-def test_too_many_failures_end_the_search_of_the_library(worker, caplog):
+def test_too_many_failures_end_the_search_of_a_family(worker, caplog):
     worker.write({"dense": 30.0, "decode": 9.0}, default="exit", algorithms=40)
     with caplog.at_level(logging.WARNING):
         records = worker.tune([8, 16], dataclasses.replace(QUICK, restarts=2))
-    assert len(worker.starts()) == 4
+    assert len(worker.starts()) == 10
     for rows, record in records.items():
         assert (record.dense, record.decode.microseconds, record.cusparselt) == (30.0, 9.0, None)
-        assert len(record.failed) == 3, rows
+        assert len(record.failed) == 9, rows
+    lines = [record.getMessage() for record in caplog.records]
+    families = ("decode", "cusparselt", "cusparselt, split")
+    for line, family in zip(lines, families, strict=True):
+        assert line.startswith(
+            f"512x256: 3 candidates of {family} failed and took a new child process each;"
+        )
+
+
+def test_splits_that_fail_leave_the_plain_algorithms(worker):
+    splits = {f"cusparselt, id {id}, split_k -1": "exit" for id in range(10)}
+    worker.write({"cusparselt, id 9": 3.0} | splits, algorithms=10)
+    (record,) = worker.tune([64], dataclasses.replace(QUICK, restarts=2)).values()
+    assert record.cusparselt.algorithm.id == 9
+    assert len(record.failed) == 3
+
+
+def test_a_few_roundings_too_many_cost_no_child(worker):
+    worker.write({"cusparselt, id 0": {"wrong": 2.5}, "cusparselt, id 1": {"wrong": 100.0}})
+    (record,) = worker.tune([64]).values()
+    assert list(record.failed) == ["cusparselt, id 0", "cusparselt, id 1"]
+    assert len(worker.starts()) == 2
+
+
+def test_each_record_is_handed_over_when_it_is_there(worker):
+    worker.write({})
+    seen = []
+    table = tune_shape(
+        SHAPE, rows=[64, 128], limits=QUICK, worker=worker.command,
+        on_record=lambda table: seen.append((len(worker.asked()), table)),
+    )  # fmt: skip
+    assert [part.records for _, part in seen] == [(record,) for record in table.records]
+    assert seen[0][0] < seen[1][0]
+
+
+def test_a_search_without_the_library_says_why(worker, caplog):
+    worker.write({}, algorithms=0, no_library="cuSPARSELt cannot be called: it is hiding.")
+    with caplog.at_level(logging.WARNING):
+        worker.tune([64])
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("512x256: 3 candidates failed and took a new child process each;")
+    assert (
+        line == "512x256 is measured without cuSPARSELt: cuSPARSELt cannot be called: it is hiding."
+    )
 
 
 def test_a_dense_product_that_hangs_costs_itself(worker):
@@ -358,7 +398,7 @@ def test_plans_are_all_that_can_differ():
 def test_algorithms_follow_the_architecture():
     hopper = library_algorithms(2, "9.0", 4096)
     assert hopper == [
-        Algorithm(0), Algorithm(0, split_k=-1), Algorithm(1), Algorithm(1, split_k=-1),
+        Algorithm(0), Algorithm(1), Algorithm(0, split_k=-1), Algorithm(1, split_k=-1),
     ]  # fmt: skip
     # Segment-K was reported to hang for so few outputs.
     assert library_algorithms(2, "9.0", 384) == [Algorithm(0), Algorithm(1)]
@@ -392,7 +432,7 @@ def test_a_chain_runs_every_product(inputs, weights):
 
     xs = [jnp.ones((2, 8)) + i for i in range(inputs)]
     chain = Chain(product, xs, [jnp.ones((4, 8)) + i for i in range(weights)], microseconds=2e3)
-    jax.block_until_ready(chain._call(*chain._arguments))
+    jax.block_until_ready(chain._call())
     assert len(calls) == chain._products == inputs * weights
     assert chain.microseconds(batches=3, least_seconds=1e-4) > 0
 
