@@ -71,6 +71,8 @@ try:
     import torch
 except ImportError:
     torch = None
+if torch is not None and not torch.cuda.is_available():  # a build for the CPU
+    torch = None
 
 COLUMNS = ("xla", "torch", "cuslt", "tuned", "decode", "careful", "dispatch")
 DENSE = ("xla", "torch")
