@@ -7,10 +7,10 @@ Two tables. The first is measured: random weights of a shape in the inference fo
 each in a process of its own; a prompt is read and tokens are generated.
 
 - `linears`: bytes of the arrays that hold the linears' weights, and their share `of dense` ones.
-- `model`: what is allocated on the device once the model is made; `peak`: the most that ever was in
-  the process, what XLA tries out when it compiles included; with a star it was that while the model
-  was made. `saved` is the share of the dense form's that is not taken. A dash: the device (a CPU)
-  does not say.
+- `model`: bytes of all its arrays, which are on the device (the JSON also has what the allocator
+  took for them); `peak`: the most that ever was in the process, what XLA tries out when it compiles
+  included; with a star it was that while the model was made. `saved` is the share of the dense
+  form's that is not taken. A dash: the device (a CPU) does not say.
 
 The second is computed from the shapes, and nothing of it is measured: weights, the cache of
 `--batch` rows of `--context` tokens, and whether both fit into `--device-gb`, less `--reserve` of
@@ -102,8 +102,10 @@ def measured_row(result: BenchResult, dense: BenchResult | None) -> dict[str, An
         "versions": result.versions,
         "linear_bytes": result.linear_bytes,
         "linear_share": None if share is None else 1 - share,
-        "model_bytes": result.resident_bytes,
-        "model_saved": saved("resident_bytes"),
+        "model_bytes": result.model_bytes,
+        "model_saved": saved("model_bytes"),
+        "allocated_bytes": result.resident_bytes,
+        "allocated_saved": saved("resident_bytes"),
         "peak_bytes": result.peak_bytes,
         "peak_saved": saved("peak_bytes"),
         "peak_is_of_making": result.peak_bytes is not None

@@ -434,8 +434,10 @@ class Bench:
     shuffle: Literal["none", "within", "free"] = BenchOptions.shuffle
     """Channel orders of a shape; free: that of the attention output leaves its heads."""
     repeats: int = BenchOptions.repeats
+    minutes: float = BenchOptions.minutes
+    """A form that takes longer is given up."""
     json: Path | None = None
-    """Also write all that was measured here."""
+    """Also write all that was measured here, after each form."""
 
     def run(self, console: Console) -> int:
         options = BenchOptions(
@@ -449,10 +451,12 @@ class Bench:
             dtype=self.dtype,
             shuffle=self.shuffle,
             repeats=self.repeats,
+            minutes=self.minutes,
         )
         forms = tuple(dict.fromkeys((*self.forms, "torch") if self.torch else self.forms))
         options.check(forms)
         base: list[BenchResult] = []
+        results: list[BenchResult] = []
 
         def show(text: str) -> None:
             console.print(text, markup=False, highlight=False)
@@ -461,13 +465,14 @@ class Bench:
             if result.error is None:
                 base.append(result)
             show(bench.line(options, result, base[0] if base else None))
+            results.append(result)
+            finish(self.json, bench.as_dict(options, results))
 
         show(bench.title(options))
         show(bench.HEADER)
-        results = bench.run_bench(options, forms, on_result=take)
+        bench.run_bench(options, forms, on_result=take)
         for text in bench.legend(options, results):
             show(text)
-        finish(self.json, bench.as_dict(options, results))
         return 1 if any(result.error is not None for result in results) else 0
 
 

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -36,12 +37,15 @@ from jaxtyping import Array, Float, Int
 from esparse_jax.files.checkpoint import compressed_layers, load_inference_model, load_model
 from esparse_jax.files.directory import read_config, require_directory
 from esparse_jax.inference.generate import CHUNK, decode, generate, prefill
+from esparse_jax.models.cache import KVCache, init_cache
 from esparse_jax.models.fusion import with_dense_linears
 from esparse_jax.models.layers import CompressedWeight, Permutation
 from esparse_jax.models.llama import CausalLM, LlamaConfig
 from esparse_jax.models.random_model import SHUFFLES, random_model
 from esparse_jax.models.shapes import PUBLISHED_MODELS, model_bytes
+from esparse_jax.sparse import records_calls, this_machine
 from esparse_jax.sparse._timing import copy_bandwidth
+from esparse_jax.sparse.table import resolve_table, table_choice
 
 STAGES = ("decode", "prefill")
 FORMS = ("sparse", "dense", "plain", "torch")
@@ -53,10 +57,14 @@ SHAPES: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(512, 128, 192, 2, 4, num_key_value_heads=2),
 }
 
+_LOGGER = logging.getLogger(__name__)
+
 _WORKER = (sys.executable, "-P", "-m", "esparse_jax.inference.bench")
 _GREEDY = {"temperature": 0.0, "top_k": None, "top_p": 1.0}
-# Tokens whose logits are compared: as many as the decode kernels take at once.
-_COMPARED_TOKENS = 16
+# Whose logits are compared: behind a prompt, and behind single tokens after it.
+_COMPARED_PROMPT, _COMPARED_STEPS = 128, 16
+# How far the logits of two forms may be apart, in units of the dtype's rounding: layers add up.
+_COMPARED_ROUNDINGS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +84,7 @@ class BenchOptions:
             the model, and float16 for a shape.
         shuffle: Random channel orders of a shape's linears, see `random_model`.
         repeats: Measurements, of which the median is reported.
+        minutes: A form that takes longer is ended, and has failed.
 
     Raises:
         ValueError: A choice that there is not, or both or none of model and shape.
@@ -91,6 +100,7 @@ class BenchOptions:
     dtype: str = "auto"
     shuffle: str = "within"
     repeats: int = 5
+    minutes: float = 30.0
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.shape is None):
@@ -110,6 +120,8 @@ class BenchOptions:
         for name in ("batch", "context", "new_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.minutes > 0:
+            raise ValueError(f"minutes is {self.minutes}; it must be greater than 0.")
         if self.layers is not None:
             if self.shape is None:
                 raise ValueError("layers is for a shape; a model has the layers it has.")
@@ -183,7 +195,9 @@ class BenchResult:
         step: Of a decode step; None for "prefill".
         generate: Of a whole `generate` call: prefill, all new tokens, the host's part; None for
             "prefill" and "torch".
-        resident_bytes: On the device once the model is made; None where it cannot be asked.
+        model_bytes: Arrays of the model, embedding included.
+        resident_bytes: Allocated on the device once the model is made, with what the allocator
+            cannot use of its pieces; None where it cannot be asked.
         peak_bytes: The most of the process so far, making the model included; None as well. What
             JAX (or torch) has not allocated itself is not in it: the context, the libraries' own.
         made_peak_bytes: The most until the model was made; None as well.
@@ -205,6 +219,7 @@ class BenchResult:
     first_token: float | None = None
     step: float | None = None
     generate: float | None = None
+    model_bytes: int | None = None
     resident_bytes: int | None = None
     peak_bytes: int | None = None
     made_peak_bytes: int | None = None
@@ -255,19 +270,35 @@ def run_bench(
 ) -> list[BenchResult]:
     """Measures each form in a process of its own, one after the other.
 
-    A form that fails (its model does not fit into the memory, say) has its error in its result.
+    A form that fails (its model does not fit into the memory, say, or its logits are others) has
+    its error in its result.
 
     Raises:
         ValueError, FileNotFoundError: As `BenchOptions.check`.
     """
     options.check(forms)
-    results = []
+    results: list[BenchResult] = []
     for form in forms:
-        result = _in_child(options, form)
+        result = _compared(_in_child(options, form), results)
         results.append(result)
         if on_result is not None:
             on_result(result)
     return results
+
+
+def _compared(result: BenchResult, before: Sequence[BenchResult]) -> BenchResult:
+    """The result, which has failed if its logits are not those of a form before."""
+    if not np.isfinite(result.logits).all():
+        return dataclasses.replace(result, error="its logits are not finite")
+    for other in before:
+        apart = None if other.error is not None else result.apart(other)
+        if apart is None:
+            continue
+        allowed = max(1e-4, _COMPARED_ROUNDINGS * float(jnp.finfo(result.dtype).eps))
+        if apart > allowed:
+            error = f"its logits are {apart:.1e} from those of {other.form}; allowed {allowed:.1e}"
+            return dataclasses.replace(result, error=error)
+    return result
 
 
 def _in_child(options: BenchOptions, form: str) -> BenchResult:
@@ -278,19 +309,26 @@ def _in_child(options: BenchOptions, form: str) -> BenchResult:
     environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:
         environment.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
-    child = subprocess.run(
-        _WORKER,
-        input=json.dumps({"form": form, "options": dataclasses.asdict(options)}),
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        env=environment,
-        check=False,
-    )
+    try:
+        child = subprocess.run(
+            _WORKER,
+            input=json.dumps({"form": form, "options": dataclasses.asdict(options)}),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
+            check=False,
+            timeout=60 * options.minutes,
+        )
+    except subprocess.TimeoutExpired:
+        return BenchResult(form, error=f"it was ended after {options.minutes:g} minutes")
     if child.returncode == 0:
         fields = json.loads(child.stdout.splitlines()[-1])
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return BenchResult(**fields | lists)
+        result = BenchResult(**fields | lists)
+        if result.error is not None:  # all of what it said: the line is the end of it
+            print(*child.stderr.splitlines()[-200:], sep="\n", file=sys.stderr)
+        return result
     how = f"exit status {child.returncode}"
     if child.returncode < 0:
         how = signal.Signals(-child.returncode).name
@@ -313,6 +351,7 @@ def main() -> None:
     try:
         result = measure(options, form)
     except Exception as error:  # of memory that is missing, above all
+        traceback.print_exc()
         text = " ".join(str(error).split())
         text = text if len(text) <= 300 else text[:300] + " ..."
         result = BenchResult(form, error=f"{type(error).__name__}: {text}")
@@ -333,10 +372,12 @@ def measure(options: BenchOptions, form: str) -> BenchResult:
     firsts, steps = _times(options, model)
     whole = _generate_times(options, model) if options.stage == "decode" else None
     peak = _memory("peak_bytes_in_use")
-    logits = _logits(*nnx.split(model), prompt_tokens(options)[:1, :_COMPARED_TOKENS])
+    prompt = prompt_tokens(options)[0]
+    logits = _logits(*nnx.split(model), prompt[:_COMPARED_PROMPT], prompt[:_COMPARED_STEPS])
     facts = {
         "logits": tuple(np.asarray(logits, np.float64).tolist()),
         "linear_bytes": linear_bytes(model),
+        "model_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))),
         "weight_bytes": bytes_read(model),
         "cache_bytes": cache_bytes_read(options, dtype),
     }
@@ -345,7 +386,7 @@ def measure(options: BenchOptions, form: str) -> BenchResult:
         form=form,
         device=jax.devices()[0].device_kind,
         dtype=dtype,
-        versions=f"jax {jax.__version__}",
+        versions=versions(),
         first_token=statistics.median(firsts),
         step=statistics.median(steps) if steps else None,
         generate=whole,
@@ -353,7 +394,7 @@ def measure(options: BenchOptions, form: str) -> BenchResult:
         peak_bytes=peak,
         made_peak_bytes=made_peak,
         # On the CPU a copy goes to fresh pages and measures the operating system: no bound at all.
-        bandwidth=None if jax.default_backend() == "cpu" else copy_bandwidth(),
+        bandwidth=None if jax.default_backend() == "cpu" else _bandwidth(),
         times=tuple(steps or firsts),
         **facts,
     )
@@ -367,7 +408,9 @@ def _times(options: BenchOptions, model: CausalLM) -> tuple[list[float], list[fl
     chunks = options.steps // CHUNK if options.stage == "decode" else 0
     slots = options.context + chunks * CHUNK
     firsts, steps = [], []
-    for _ in range(options.repeats + 1):  # the first one compiles
+    # The first one compiles; and on a GPU what is compiled last takes the graphs of what was
+    # compiled before, which the second one makes again.
+    for _ in range(options.repeats + 2):
         jax.block_until_ready(state)
         started = time.perf_counter()
         token, cache = prefill(graphdef, state, tokens, None, keys[0], max_length=slots, **_GREEDY)
@@ -381,7 +424,7 @@ def _times(options: BenchOptions, model: CausalLM) -> tuple[list[float], list[fl
             np.asarray(token)
             steps.append((time.perf_counter() - started) / options.steps)
         del cache  # before the next one is made
-    return firsts[1:], steps[1:]
+    return firsts[2:], steps[2:]
 
 
 def _generate_times(options: BenchOptions, model: CausalLM) -> float:
@@ -395,11 +438,22 @@ def _generate_times(options: BenchOptions, model: CausalLM) -> float:
 
 
 @partial(jax.jit, static_argnums=0)
-def _logits(graphdef: Any, state: Any, tokens: Int[Array, "one seq"]) -> Float[Array, " logit"]:
-    """Some of the logits behind a prompt; of few tokens, so by the decode kernels."""
+def _logits(
+    graphdef: Any, state: Any, prompt: Int[Array, " seq"], following: Int[Array, " step"]
+) -> Float[Array, " logit"]:
+    """Some of the logits behind a prompt, and of steps after it: all that is timed takes part."""
     model = nnx.merge(graphdef, state)
-    hidden, _ = model.blocks(model.embed(tokens))
-    return model.head(hidden[:, -1:])[0, 0, :256]
+    slots = prompt.shape[0] + following.shape[0]
+    cache = init_cache(model.config, 1, slots, dtype=model.dtype)
+    hidden, cache = model.blocks(model.embed(prompt[None]), cache=cache, empty=True)
+    behind = model.head(hidden[:, -1:])[:, 0, :256]
+
+    def step(cache: KVCache, token: Int[Array, ""]) -> tuple[KVCache, Float[Array, "one logit"]]:
+        hidden, cache = model.blocks(model.embed(token[None, None]), cache=cache)
+        return cache, model.head(hidden)[:, 0, :256]
+
+    _, steps = jax.lax.scan(step, cache, following)
+    return jnp.concatenate([behind, steps[:, 0]]).reshape(-1)
 
 
 def dtype_of(options: BenchOptions, *, on_cpu: bool) -> str:
@@ -459,6 +513,26 @@ def cache_bytes_read(options: BenchOptions, dtype: str) -> int:
     ).cache
 
 
+def versions() -> str:
+    """What computed: JAX, and on a GPU cuSPARSELt and what decides how the products are run."""
+    text = f"jax {jax.__version__}"
+    machine = this_machine()
+    if machine is None:
+        return text
+    tuned = "no tuning table" if resolve_table(table_choice()) is None else "tuned"
+    recorded = "recorded calls" if records_calls() else "traced calls"
+    return f"{text}, cuSPARSELt {machine.cusparselt or 'not found'}, {tuned}, {recorded}"
+
+
+def _bandwidth() -> float | None:
+    """Of a large copy; None, and a note, where there is no memory left for one."""
+    try:
+        return copy_bandwidth()
+    except RuntimeError as error:
+        _LOGGER.warning("no bound: the copy that would measure it failed: %s", error)
+        return None
+
+
 def _memory(name: str) -> int | None:
     stats = jax.local_devices()[0].memory_stats()
     return None if stats is None else stats.get(name)
@@ -495,7 +569,7 @@ def line(options: BenchOptions, result: BenchResult, base: BenchResult | None) -
         f"{result.form:7} {_scaled(result.seconds, 1e3, 3):>9} {result.rate(options):>10.1f} "
         f"{_scaled(ratio, 1, 2):>6} {_scaled(result.first_token, 1e3, 1):>9} "
         f"{_scaled(bound, 1e3, 3):>9} {_scaled(result.share, 1, 2):>6} "
-        f"{_scaled(result.resident_bytes, 1e-9, 2):>9} {peak:>9} "
+        f"{_scaled(result.model_bytes, 1e-9, 2):>9} {peak:>9} "
         f"{'-' if apart is None else f'{apart:.1e}':>8}"
     )
 
@@ -504,9 +578,9 @@ def legend(options: BenchOptions, results: Sequence[BenchResult]) -> list[str]:
     """What the columns are, where it was measured, and what was logged."""
     what = "of a decode step" if options.stage == "decode" else "of the prompts"
     lines = [
-        f"ms: {what}, median of {options.repeats}. ratio: of the first form's ms to it. bound ms: "
-        f"copying the bytes that a step reads. model GB: once it is made. peak GB: of the process; "
-        f"*: while the model was made. logits: relative difference to the first form's."
+        f"ms: {what}, median of {options.repeats}. ratio: of the first measured form's ms to it. "
+        f"bound ms: copying the bytes that a step reads. model GB: its arrays. peak GB: of the "
+        f"process; *: while the model was made. logits: relative difference to that form's."
     ]
     for result in results:
         if result.error is None:

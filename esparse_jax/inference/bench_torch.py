@@ -84,6 +84,7 @@ def measure_torch(options: BenchOptions) -> BenchResult:
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
         first_token=statistics.median(firsts),
         step=statistics.median(steps) if steps else None,
+        model_bytes=sum(weights.values()),
         resident_bytes=resident,
         peak_bytes=peak,
         made_peak_bytes=made_peak,

@@ -127,7 +127,20 @@ class InferenceBuilder:
         self._slow: dict[str, list[int]] = {}
 
     def add(self, layer: LlamaDecoderLayer) -> None:
-        """Converts the next layer. It is complete on return, so the given one may be dropped."""
+        """Converts the next layer. It is complete on return, so the given one may be dropped.
+
+        Raises:
+            TypeError: Its weights are in their device form already, of which there is no way to the
+                fused one.
+        """
+        for path, linear in iter_linears(layer):
+            if isinstance(linear, SparseLinear):
+                held = linear.weight.get_value()
+                if not isinstance(held, Compressed24):
+                    raise TypeError(
+                        f"{path} holds a {type(held).__name__}; an inference model is made of "
+                        f"Compressed24 weights, as sparsify_model and load_model give them."
+                    )
         linears = _linears_of(layer, self._dtype)
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         if self._form == "dense":

@@ -85,7 +85,8 @@ def device(memory, monkeypatch):
                 dtype="float16",
                 versions="jax 9",
                 linear_bytes=int(13e9 * scale),
-                resident_bytes=int(14e9 * scale),
+                model_bytes=int(14e9 * scale),
+                resident_bytes=int(14.5e9 * scale),
                 made_peak_bytes=int(15e9 * scale),
                 peak_bytes=int(15e9 * scale if form == "sparse" else 20e9),
             )
@@ -124,6 +125,7 @@ def test_savings_and_whose_peak_it_is(memory, device, tmp_path, capsys):
     rows = json.loads(file.read_text())["measured"]
     assert [row["peak_is_of_making"] for row in rows] == [False, True, False, False]
     assert rows[1]["model_saved"] == pytest.approx(0.4)
+    assert rows[1]["allocated_bytes"] == 8_700_000_000
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_lines_show_ratios_shares_and_whose_peak_it_is():
     options = BenchOptions(shape="llama-7b", batch=4)
     memory = {"weight_bytes": 7 * 10**9, "cache_bytes": 10**9, "bandwidth": 4e12}
     dense = BenchResult(
-        "dense", first_token=0.1, step=8e-3, resident_bytes=14 * 10**9, peak_bytes=16 * 10**9,
+        "dense", first_token=0.1, step=8e-3, model_bytes=14 * 10**9, peak_bytes=16 * 10**9,
         made_peak_bytes=15 * 10**9, logits=(3.0, 4.0), **memory,
     )  # fmt: skip
     sparse = dataclasses.replace(
@@ -286,8 +286,40 @@ def test_the_jitted_steps_that_are_timed_lower_for_cuda(shuffle):
         keys[0],
     )
     assert CHAIN not in text
-    text = lowered(bench._logits, state, tokens[:1, :16])
+    # What is compared takes the way of what is timed: a prompt without chains, steps with them.
+    text = lowered(bench._logits, state, tokens[0], tokens[0, :16])
     assert text.count(CHAIN) == config.num_hidden_layers
+
+
+def test_forms_with_other_logits_fail():
+    dense = BenchResult("dense", dtype="float16", logits=(3.0, 4.0))
+    sparse = dataclasses.replace(dense, form="sparse")
+    assert bench._compared(sparse, [dense]) is sparse
+    other = bench._compared(dataclasses.replace(sparse, logits=(3.0, 4.5)), [dense])
+    assert other.error == "its logits are 1.0e-01 from those of dense; allowed 6.2e-02"
+    assert bench._compared(dataclasses.replace(sparse, logits=(3.0, 4.5)), []).error is None
+    failed = dataclasses.replace(dense, error="out of memory")
+    assert bench._compared(dataclasses.replace(sparse, logits=(3.0, 4.5)), [failed]).error is None
+    broken = bench._compared(dataclasses.replace(sparse, logits=(3.0, float("nan"))), [])
+    assert broken.error == "its logits are not finite"
+
+
+def test_a_form_that_does_not_end_is_ended(monkeypatch):
+    sleeps = (sys.executable, "-c", "import time; time.sleep(60)")
+    monkeypatch.setattr(bench, "_WORKER", sleeps)
+    (result,) = run_bench(BenchOptions(shape="tiny", minutes=0.01), ("dense",))
+    assert result.error == "it was ended after 0.01 minutes"
+
+
+def test_what_a_failed_form_said_is_shown(monkeypatch, capsys):
+    says = (
+        "import sys; print('a long story', file=sys.stderr); "
+        'print(\'{"form": "dense", "error": "in short"}\')'
+    )
+    monkeypatch.setattr(bench, "_WORKER", (sys.executable, "-c", says))
+    (result,) = run_bench(BenchOptions(shape="tiny"), ("dense",))
+    assert result.error == "in short"
+    assert "a long story" in capsys.readouterr().err
 
 
 def test_the_file_in_the_room_is_the_one_the_child_runs():

@@ -22,6 +22,7 @@ from esparse_jax.models.surgery import (
     iter_linears,
     matches_path,
     replace_linears,
+    set_linear,
     sparsify_model,
     weight_of,
     with_weight,
@@ -458,6 +459,10 @@ def test_mistakes_are_explained():
     linear = device.model.layers[0].o
     with pytest.raises(TypeError, match="multiplied in its own dtype, float16; got dtype=float32"):
         SparseLinear(linear.weight.get_value(), dtype=jnp.float32)
+    blobs = nnx.clone(sparse)
+    set_linear(blobs.model.layers[0], "self_attn.o_proj", SparseLinear(linear.weight.get_value()))
+    with pytest.raises(TypeError, match=r"self_attn\.o_proj holds a Blob24; .* Compressed24"):
+        inference_model(blobs)
 
 
 @pytest.mark.parametrize("biased", [False, True])
