@@ -5,6 +5,7 @@ never repeated.
 """
 
 import functools
+import itertools
 import logging
 
 import jax
@@ -43,18 +44,25 @@ def _cudnn(query: Array, key: Array, value: Array) -> Array:
 
 
 def _cudnn_takes(query: Array, key: Array, value: Array) -> bool:
-    """Whether this machine's cuDNN computes it; jax asks the GPU when the call is traced."""
+    """Whether this machine's cuDNN computes it."""
     if jax.default_backend() != "gpu" or query.dtype.name not in _CUDNN_DTYPES:
         return False
     if query.shape[1] < _CUDNN_LEAST_TOKENS:
         return False
-    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value))
+    refusal = _refusal(tuple((x.shape, x.dtype.name) for x in (query, key, value)))
+    if refusal is not None:
+        _log_once(refusal)
+    return refusal is None
+
+
+@functools.cache
+def _refusal(operands: tuple[tuple[tuple[int, ...], str], ...]) -> str | None:
+    """Why cuDNN does not take these shapes and dtypes; jax refuses some, cuDNN itself others."""
     try:
-        jax.eval_shape(_cudnn, *shapes)
+        jax.jit(_cudnn).lower(*itertools.starmap(jax.ShapeDtypeStruct, operands)).compile()
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        _log_once(str(error))
-        return False
-    return True
+        return str(error)
+    return None
 
 
 @functools.cache

@@ -75,7 +75,17 @@ def test_each_form_follows_the_formula(dtype, jitted):
     assert_close(ours, slow(query, keys, values, seen), dtype)
 
 
-def test_cudnn_is_for_cuda_alone_and_16_bit_prompts(monkeypatch, caplog):
+@pytest.fixture
+def asked_anew():
+    """What is known of cuDNN is of this machine's, before and afterwards."""
+    for known in (attention._refusal, attention._log_once):
+        known.cache_clear()
+    yield
+    for known in (attention._refusal, attention._log_once):
+        known.cache_clear()
+
+
+def test_cudnn_is_for_cuda_alone_and_16_bit_prompts(monkeypatch, caplog, asked_anew):
     """The choice is made as if JAX ran on a GPU whose cuDNN takes every shape."""
     asked = []
 
@@ -103,7 +113,7 @@ def test_cudnn_is_for_cuda_alone_and_16_bit_prompts(monkeypatch, caplog):
         raise NotImplementedError("The head dim must be <= 128")
 
     monkeypatch.setattr(attention, "_cudnn", refusing)
-    attention._log_once.cache_clear()
+    attention._refusal.cache_clear()
     for _ in range(2):
         assert "dot_general" in lowered(jnp.float16, least, "cuda")
     lines = [record.getMessage() for record in caplog.records]
