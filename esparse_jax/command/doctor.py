@@ -14,6 +14,7 @@ from esparse_jax.sparse import (
     gpus,
     library_blob_agrees,
     library_facts,
+    load_table,
     records_calls,
     stored_table,
     table_file,
@@ -235,6 +236,13 @@ def _tuning() -> Section:
         return [Finding("tuning table", "none: it is for NVIDIA GPUs")], {"tuning": None}
     stored, own = stored_table(machine), table_file(machine)
     values = {"files": list(stored.files), "own_file": str(own), "records": 0}
+    if str(own) not in stored.files and own.exists():  # the log, which says why, is silent here
+        try:
+            why = f"it is for {load_table(own).machine}; here is {machine}"
+        except (OSError, ValueError) as error:
+            why = str(error)
+        mend = f"products are chosen without it. Remove it, or measure again: {why}"
+        return [Finding("tuning table", f"{own} is not used", mend)], {"tuning": values}
     if stored.table is None:
         mend = (
             f"products are chosen by the number of rows alone, and cuSPARSELt chooses its "

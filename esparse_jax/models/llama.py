@@ -778,7 +778,8 @@ class CausalLM(nnx.Module):
         caches: list[LayerCache | None],
         empty: bool,
     ) -> tuple[Float[Array, "batch seq channel"], list[LayerCache | None]]:
-        raise NotImplementedError
+        """What the subclasses differ in; a cache for each layer, or None for each."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its blocks run.")
 
     def head(self, hidden: Float[Array, "batch seq channel"]) -> Float[Array, "batch seq vocab"]:
         """Logits from the last block's output, in float32.

@@ -152,6 +152,18 @@ def test_with_a_gpu_and_everything(built, with_gpu, tmp_path, capsys):
     assert (report["blob_agrees"], report["records_calls"]) == (True, True)
 
 
+def test_a_table_that_cannot_be_used_is_named(built, with_gpu, capsys):
+    built(extension())
+    with_gpu(records=True)
+    file = save_table(TuningTable(H200, "1", (Record(64, 64, "float16", 1, 1.0),)))
+    file.write_text("{}")
+    stored_table.cache_clear()
+    assert run() == 0
+    found = said(capsys)
+    assert found["tuning table"] == f"{file} is not used"
+    assert "format_version is None" in found["mend tuning table"]
+
+
 def test_with_a_gpu_that_lacks_things(built, with_gpu, capsys):
     built(extension("80-real"))
     with_gpu(agrees=False)
