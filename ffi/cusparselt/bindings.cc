@@ -2,10 +2,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "cusparselt/context.h"
 #include "cusparselt/library.h"
 #include "cusparselt/plan.h"
 #include "cusparselt/platform.h"
@@ -45,6 +48,21 @@ py::tuple Open(const std::string& path, bool on_host) {
   return py::make_tuple(library.version(), library.path());
 }
 
+// The context on the GPU that is current, or the host's. A GPU's is kept for the rest of the
+// process: while a computation is traced no plan holds it yet, and each question would make one
+// anew.
+SharedContext CurrentContext(bool on_host) {
+  if (on_host)
+    return ValueOrThrow(Context::On(LoadedLibrary(true), ValueOrThrow(OnHost::Device())));
+  SharedContext context =
+      ValueOrThrow(Context::On(LoadedLibrary(false), ValueOrThrow(OnCuda::Device())));
+  static auto& mutex = *new std::mutex;
+  static auto& kept = *new std::set<SharedContext>;  // never destroyed: the driver may be gone
+  const std::lock_guard<std::mutex> lock(mutex);
+  kept.insert(context);
+  return context;
+}
+
 int HostArchitecture() { return ValueOrThrow(OnHost::Architecture(*LoadedLibrary(true))); }
 
 py::dict DescribePlan(int64_t rows, int64_t out, int64_t channels, const std::string& dtype,
@@ -55,7 +73,7 @@ py::dict DescribePlan(int64_t rows, int64_t out, int64_t channels, const std::st
   Algorithm chosen;  // stays empty if the library does not tell
   const Plan plan = [&] {
     const py::gil_scoped_release release;
-    Plan made = ValueOrThrow(Plan::Create(LoadedLibrary(on_host), problem, wanted));
+    Plan made = ValueOrThrow(Plan::Create(CurrentContext(on_host), problem, wanted));
     const ffi::ErrorOr<Algorithm> answer = made.Chosen();
     if (answer.has_value()) chosen = *answer;
     return made;
@@ -75,7 +93,7 @@ py::tuple CompressedBytes(int64_t out, int64_t channels, const std::string& dtyp
   const int type = TypeNamed(dtype);
   const Compression compression = [&] {
     const py::gil_scoped_release release;
-    return ValueOrThrow(Compression::Create(LoadedLibrary(on_host), out, channels, type));
+    return ValueOrThrow(Compression::Create(CurrentContext(on_host), out, channels, type));
   }();
   return py::make_tuple(compression.blob_bytes(), compression.workspace_bytes());
 }

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "cusparselt/context.h"
 #include "cusparselt/library.h"
 #include "cusparselt/plan.h"
 #include "cusparselt/platform.h"
@@ -20,30 +21,24 @@ namespace {
 
 // One T for each GPU an executable runs on, made when that GPU first initializes: what it holds of
 // the library belongs to one GPU. XLA runs GPUs on threads of their own, and may run one executable
-// from several, so the table has a mutex, and each T one more that its user holds.
+// from several, so the table has a mutex; what is in it is used by any thread.
 template <typename T>
 class PerDevice {
  public:
-  struct Entry {
-    explicit Entry(T made) : value(std::move(made)) {}
-    const T value;
-    std::mutex mutex;
-  };
-
-  // The GPU's T, made by `make` unless it is there.
+  // Makes the GPU's T by `make` unless it is there.
   template <typename Make>
-  ffi::ErrorOr<Entry*> GetOrMake(int32_t device, Make make) {
+  ffi::Error Prepare(int32_t device, Make make) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::unique_ptr<Entry>& entry = entries_[device];
+    std::unique_ptr<const T>& entry = entries_[device];
     if (entry == nullptr) {
       ESPARSE_ASSIGN_OR_RETURN(made, make());
-      entry = std::make_unique<Entry>(std::move(made));
+      entry = std::make_unique<const T>(std::move(made));
     }
-    return entry.get();
+    return ffi::Error::Success();
   }
 
   // The GPU's T, or an error: only initialize makes one.
-  ffi::ErrorOr<Entry*> Get(int32_t device) const {
+  ffi::ErrorOr<const T*> Get(int32_t device) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = entries_.find(device);
     if (found == entries_.end() || found->second == nullptr) {
@@ -55,7 +50,7 @@ class PerDevice {
 
  private:
   mutable std::mutex mutex_;
-  std::map<int32_t, std::unique_ptr<Entry>> entries_;
+  std::map<int32_t, std::unique_ptr<const T>> entries_;
 };
 
 // The state of one call to Matmul in an executable.
@@ -182,7 +177,9 @@ ffi::ErrorOr<Plan> MakePlan(const MatmulState<Platform>& state, const ffi::AnyBu
                                    " and y ", Describe(y), ".")};
   }
   ESPARSE_RETURN_IF_ERROR(CheckReader<Platform>(*state.library, state.readers));
-  ESPARSE_ASSIGN_OR_RETURN(plan, Plan::Create(state.library, problem, state.algorithm));
+  ESPARSE_ASSIGN_OR_RETURN(current, Platform::Device());
+  ESPARSE_ASSIGN_OR_RETURN(context, Context::On(state.library, current));
+  ESPARSE_ASSIGN_OR_RETURN(plan, Plan::Create(context, problem, state.algorithm));
   if (blob.element_count() != plan.blob_bytes()) {
     return Failure{InvalidArgument("a 2:4 weight of ", problem.out, " outputs and ",
                                    problem.channels, " channels is a blob U8[", plan.blob_bytes(),
@@ -198,11 +195,8 @@ ffi::Error InitializeMatmul(MatmulState<Platform>* state, int32_t device, ffi::A
                             ffi::AnyBuffer blob, ffi::Result<ffi::AnyBuffer> y,
                             ffi::Result<ffi::AnyBuffer> workspace) {
   return WithoutExceptions([&]() -> ffi::Error {
-    ESPARSE_ASSIGN_OR_RETURN(plan, state->plans.GetOrMake(device, [&] {
-      return MakePlan(*state, x, blob, *y, *workspace);
-    }));
-    (void)plan;  // shapes do not change between the runs of an executable
-    return ffi::Error::Success();
+    // Shapes do not change between the runs of an executable.
+    return state->plans.Prepare(device, [&] { return MakePlan(*state, x, blob, *y, *workspace); });
   });
 }
 
@@ -215,9 +209,8 @@ ffi::Error ExecuteMatmul(Stream stream, MatmulState<Platform>* state, int32_t de
   ESPARSE_RETURN_IF_ERROR(CheckAligned("blob", blob));
   ESPARSE_RETURN_IF_ERROR(CheckAligned("y", *y));
   ESPARSE_RETURN_IF_ERROR(CheckAligned("workspace", *workspace));
-  const std::lock_guard<std::mutex> lock(plan->mutex);
-  return plan->value.Run(blob.untyped_data(), x.untyped_data(), y->untyped_data(),
-                         workspace->untyped_data(), stream);
+  return plan->Run(blob.untyped_data(), x.untyped_data(), y->untyped_data(),
+                   workspace->untyped_data(), stream);
 }
 
 ffi::Error ExecuteMatmulOnHost(MatmulState<OnHost>* state, int32_t device, ffi::AnyBuffer x,
@@ -247,7 +240,9 @@ ffi::ErrorOr<Compression> MakeCompression(const CompressState<Platform>& state,
   ESPARSE_RETURN_IF_ERROR(CheckMatrix("weight", weight));
   ESPARSE_RETURN_IF_ERROR(CheckBytes("blob", blob));
   ESPARSE_ASSIGN_OR_RETURN(type, TypeOf(weight, "weight"));
-  ESPARSE_ASSIGN_OR_RETURN(compression, Compression::Create(state.library, weight.dimensions()[0],
+  ESPARSE_ASSIGN_OR_RETURN(current, Platform::Device());
+  ESPARSE_ASSIGN_OR_RETURN(context, Context::On(state.library, current));
+  ESPARSE_ASSIGN_OR_RETURN(compression, Compression::Create(context, weight.dimensions()[0],
                                                             weight.dimensions()[1], type));
   if (blob.element_count() != compression.blob_bytes()) {
     return Failure{InvalidArgument("cuSPARSELt compresses ", Describe(weight), " to ",
@@ -264,11 +259,8 @@ ffi::Error InitializeCompress(CompressState<Platform>* state, int32_t device, ff
                               ffi::Result<ffi::AnyBuffer> blob,
                               ffi::Result<ffi::AnyBuffer> workspace) {
   return WithoutExceptions([&]() -> ffi::Error {
-    ESPARSE_ASSIGN_OR_RETURN(compression, state->compressions.GetOrMake(device, [&] {
-      return MakeCompression(*state, weight, *blob, *workspace);
-    }));
-    (void)compression;
-    return ffi::Error::Success();
+    return state->compressions.Prepare(
+        device, [&] { return MakeCompression(*state, weight, *blob, *workspace); });
   });
 }
 
@@ -280,9 +272,8 @@ ffi::Error ExecuteCompress(Stream stream, CompressState<Platform>* state, int32_
   ESPARSE_RETURN_IF_ERROR(CheckAligned("weight", weight));
   ESPARSE_RETURN_IF_ERROR(CheckAligned("blob", *blob));
   ESPARSE_RETURN_IF_ERROR(CheckAligned("workspace", *workspace));
-  const std::lock_guard<std::mutex> lock(compression->mutex);
-  return compression->value.Run(weight.untyped_data(), blob->untyped_data(),
-                                workspace->untyped_data(), stream);
+  return compression->Run(weight.untyped_data(), blob->untyped_data(), workspace->untyped_data(),
+                          stream);
 }
 
 ffi::Error ExecuteCompressOnHost(CompressState<OnHost>* state, int32_t device,

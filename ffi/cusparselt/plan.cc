@@ -35,10 +35,10 @@ std::string TextOf(const Problem& problem) {
   return text.str();
 }
 
-ffi::ErrorOr<Plan> Plan::Create(SharedLibrary library, const Problem& problem,
+ffi::ErrorOr<Plan> Plan::Create(SharedContext context, const Problem& problem,
                                 const Algorithm& algorithm) {
   Plan plan;
-  plan.library_ = std::move(library);
+  plan.context_ = std::move(context);
   const ffi::Error error = plan.Build(problem, algorithm);
   if (error.failure()) {
     std::ostringstream what;
@@ -56,35 +56,34 @@ ffi::ErrorOr<Plan> Plan::Create(SharedLibrary library, const Problem& problem,
 }
 
 ffi::Error Plan::Build(const Problem& problem, const Algorithm& algorithm) {
-  const Library& library = *library_;
+  const Library& library = context_->library();
+  const Handle& handle = context_->handle();
+  const auto lock = context_->Lock();
   // Without a transpose: x [row, channel] is B read with "op transpose", and y [row, out] is the
   // library's D [out, row] in column order, which is the same bytes.
-  ESPARSE_ASSIGN_OR_RETURN(handle, MakeHandle(library));
-  handle_ = std::move(handle);
   ESPARSE_ASSIGN_OR_RETURN(
-      weight, MakeSparse(library, handle_, problem.out, problem.channels, problem.type));
+      weight, MakeSparse(library, handle, problem.out, problem.channels, problem.type));
   weight_ = std::move(weight);
-  ESPARSE_ASSIGN_OR_RETURN(x, MakeDense(library, handle_, problem.rows, problem.channels,
+  ESPARSE_ASSIGN_OR_RETURN(x, MakeDense(library, handle, problem.rows, problem.channels,
                                         problem.channels, problem.type, kOrderRow));
   x_ = std::move(x);
-  ESPARSE_ASSIGN_OR_RETURN(y, MakeDense(library, handle_, problem.out, problem.rows, problem.out,
+  ESPARSE_ASSIGN_OR_RETURN(y, MakeDense(library, handle, problem.out, problem.rows, problem.out,
                                         problem.type, kOrderColumn));
   y_ = std::move(y);
   matmul_ = std::make_unique<MatmulData>();
-  ESPARSE_CUSPARSELT_CALL(library, MatmulDescriptorInit, handle_.get(), matmul_.get(),
-                          kNonTranspose, kTranspose, weight_.get(), x_.get(), y_.get(), y_.get(),
-                          kCompute32F);
+  ESPARSE_CUSPARSELT_CALL(library, MatmulDescriptorInit, handle.get(), matmul_.get(), kNonTranspose,
+                          kTranspose, weight_.get(), x_.get(), y_.get(), y_.get(), kCompute32F);
   ESPARSE_ASSIGN_OR_RETURN(
       selection, Make<SelectionData>(library.functions().MatmulAlgSelectionDestroy,
                                      [&](SelectionData* data) -> ffi::Error {
                                        ESPARSE_CUSPARSELT_CALL(library, MatmulAlgSelectionInit,
-                                                               handle_.get(), data, matmul_.get(),
+                                                               handle.get(), data, matmul_.get(),
                                                                kDefaultSelection);
                                        return ffi::Error::Success();
                                      }));
   selection_ = std::move(selection);
 
-  ESPARSE_RETURN_IF_ERROR(Get(library, handle_, selection_, kConfigMaxId, &algorithms_));
+  ESPARSE_RETURN_IF_ERROR(Get(library, handle, selection_, kConfigMaxId, &algorithms_));
   if (algorithm.id >= algorithms_) {
     return InvalidArgument("cuSPARSELt ", VersionName(library.version()),
                            " has the algorithms 0 to ", algorithms_ - 1,
@@ -96,24 +95,24 @@ ffi::Error Plan::Build(const Problem& problem, const Algorithm& algorithm) {
       {kSplitKMode, algorithm.split_k_mode},
       {kSplitKBuffers, algorithm.split_k_buffers}};
   if (algorithm.id >= 0) {
-    ESPARSE_RETURN_IF_ERROR(Set(library, handle_, selection_, kConfigId, algorithm.id));
+    ESPARSE_RETURN_IF_ERROR(Set(library, handle, selection_, kConfigId, algorithm.id));
   }
   for (const auto& [attribute, value] : wanted) {
-    if (value != 0) ESPARSE_RETURN_IF_ERROR(Set(library, handle_, selection_, attribute, value));
+    if (value != 0) ESPARSE_RETURN_IF_ERROR(Set(library, handle, selection_, attribute, value));
   }
 
   ESPARSE_ASSIGN_OR_RETURN(
       plan,
       Make<PlanData>(library.functions().MatmulPlanDestroy, [&](PlanData* data) -> ffi::Error {
-        ESPARSE_CUSPARSELT_CALL(library, MatmulPlanInit, handle_.get(), data, matmul_.get(),
+        ESPARSE_CUSPARSELT_CALL(library, MatmulPlanInit, handle.get(), data, matmul_.get(),
                                 selection_.get());
         return ffi::Error::Success();
       }));
   plan_ = std::move(plan);
-  ESPARSE_CUSPARSELT_CALL(library, MatmulGetWorkspace, handle_.get(), plan_.get(),
+  ESPARSE_CUSPARSELT_CALL(library, MatmulGetWorkspace, handle.get(), plan_.get(),
                           &workspace_bytes_);
   size_t buffer_bytes = 0;
-  ESPARSE_CUSPARSELT_CALL(library, SpMMACompressedSize2, handle_.get(), weight_.get(), &blob_bytes_,
+  ESPARSE_CUSPARSELT_CALL(library, SpMMACompressedSize2, handle.get(), weight_.get(), &blob_bytes_,
                           &buffer_bytes);
   return ffi::Error::Success();
 }
@@ -125,8 +124,10 @@ ffi::ErrorOr<Algorithm> Plan::Chosen() const {
       {kSplitK, &chosen.split_k},
       {kSplitKMode, &chosen.split_k_mode},
       {kSplitKBuffers, &chosen.split_k_buffers}};
+  const auto lock = context_->Lock();
   for (const auto& [attribute, value] : attributes) {
-    ESPARSE_RETURN_IF_ERROR(Get(*library_, handle_, selection_, attribute, value));
+    ESPARSE_RETURN_IF_ERROR(
+        Get(context_->library(), context_->handle(), selection_, attribute, value));
   }
   return chosen;
 }
@@ -134,25 +135,26 @@ ffi::ErrorOr<Algorithm> Plan::Chosen() const {
 ffi::Error Plan::Run(const void* blob, const void* x, void* y, void* workspace,
                      Stream stream) const {
   const float alpha = 1.0f, beta = 0.0f;
+  const auto lock = context_->Lock();
   // C is D: with beta = 0 it is not read.
-  ESPARSE_CUSPARSELT_CALL(*library_, Matmul, handle_.get(), plan_.get(), &alpha, blob, x, &beta, y,
-                          y, workspace_bytes_ == 0 ? nullptr : workspace, &stream, 1);
+  ESPARSE_CUSPARSELT_CALL(context_->library(), Matmul, context_->handle().get(), plan_.get(),
+                          &alpha, blob, x, &beta, y, y, workspace_bytes_ == 0 ? nullptr : workspace,
+                          &stream, 1);
   return ffi::Error::Success();
 }
 
-ffi::ErrorOr<Compression> Compression::Create(SharedLibrary library, int64_t out, int64_t channels,
+ffi::ErrorOr<Compression> Compression::Create(SharedContext context, int64_t out, int64_t channels,
                                               int type) {
   Compression compression;
-  compression.library_ = std::move(library);
+  compression.context_ = std::move(context);
   const auto build = [&]() -> ffi::Error {
-    const Library& vendor = *compression.library_;
-    ESPARSE_ASSIGN_OR_RETURN(handle, MakeHandle(vendor));
-    compression.handle_ = std::move(handle);
-    ESPARSE_ASSIGN_OR_RETURN(weight, MakeSparse(vendor, compression.handle_, out, channels, type));
+    const Library& vendor = compression.context_->library();
+    const Handle& handle = compression.context_->handle();
+    const auto lock = compression.context_->Lock();
+    ESPARSE_ASSIGN_OR_RETURN(weight, MakeSparse(vendor, handle, out, channels, type));
     compression.weight_ = std::move(weight);
-    ESPARSE_CUSPARSELT_CALL(vendor, SpMMACompressedSize2, compression.handle_.get(),
-                            compression.weight_.get(), &compression.blob_bytes_,
-                            &compression.workspace_bytes_);
+    ESPARSE_CUSPARSELT_CALL(vendor, SpMMACompressedSize2, handle.get(), compression.weight_.get(),
+                            &compression.blob_bytes_, &compression.workspace_bytes_);
     return ffi::Error::Success();
   };
   const ffi::Error error = build();
@@ -167,9 +169,10 @@ ffi::ErrorOr<Compression> Compression::Create(SharedLibrary library, int64_t out
 
 ffi::Error Compression::Run(const void* dense, void* blob, void* workspace, Stream stream) const {
   constexpr int kWeightIsA = 1;
-  ESPARSE_CUSPARSELT_CALL(*library_, SpMMACompress2, handle_.get(), weight_.get(), kWeightIsA,
-                          kNonTranspose, dense, blob, workspace_bytes_ == 0 ? nullptr : workspace,
-                          stream);
+  const auto lock = context_->Lock();
+  ESPARSE_CUSPARSELT_CALL(context_->library(), SpMMACompress2, context_->handle().get(),
+                          weight_.get(), kWeightIsA, kNonTranspose, dense, blob,
+                          workspace_bytes_ == 0 ? nullptr : workspace, stream);
   return ffi::Error::Success();
 }
 

@@ -8,13 +8,12 @@
 #include <string>
 
 #include "cusparselt/abi.h"
+#include "cusparselt/context.h"
 #include "cusparselt/handles.h"
 #include "cusparselt/library.h"
 #include "status.h"
 
 namespace esparse::cusparselt {
-
-using SharedLibrary = std::shared_ptr<const Library>;
 
 // y[rows][out] = x[rows][channels] * W[out][channels]^T, all row-major, sums in float32.
 struct Problem {
@@ -31,11 +30,11 @@ struct Algorithm {
   int32_t split_k_buffers = 0;  // 0: not set
 };
 
-// A product on the GPU that is current when the plan is made, with the library's context there and
-// all its descriptors. Move-only. It may be run again and again, by one thread at a time.
+// A product on the GPU that is current when the plan is made, with all its descriptors. Move-only.
+// It may be run again and again, by any thread: those of a GPU take turns.
 class Plan {
  public:
-  static ffi::ErrorOr<Plan> Create(SharedLibrary library, const Problem& problem,
+  static ffi::ErrorOr<Plan> Create(SharedContext context, const Problem& problem,
                                    const Algorithm& algorithm);
 
   size_t blob_bytes() const { return blob_bytes_; }
@@ -52,8 +51,7 @@ class Plan {
  private:
   ffi::Error Build(const Problem& problem, const Algorithm& algorithm);
 
-  SharedLibrary library_;
-  Handle handle_;
+  SharedContext context_;
   Matrix weight_, x_, y_;
   Matmul matmul_;
   Selection selection_;
@@ -63,10 +61,10 @@ class Plan {
 };
 
 // The library's own compression of a masked dense weight, on the GPU that is current when this is
-// made. Move-only; one thread at a time.
+// made. Move-only.
 class Compression {
  public:
-  static ffi::ErrorOr<Compression> Create(SharedLibrary library, int64_t out, int64_t channels,
+  static ffi::ErrorOr<Compression> Create(SharedContext context, int64_t out, int64_t channels,
                                           int type);
 
   size_t blob_bytes() const { return blob_bytes_; }
@@ -76,8 +74,7 @@ class Compression {
   ffi::Error Run(const void* dense, void* blob, void* workspace, Stream stream) const;
 
  private:
-  SharedLibrary library_;
-  Handle handle_;
+  SharedContext context_;
   Matrix weight_;
   size_t blob_bytes_ = 0, workspace_bytes_ = 0;
 };

@@ -12,38 +12,60 @@ struct Close {
   void operator()(void* library) const { dlclose(library); }
 };
 
+// Of cuda.h, CUDA 13.0.
+using CtxGetDevice = int(int* device);                                  // cuCtxGetDevice
+using DeviceGetAttribute = int(int* value, int attribute, int device);  // cuDeviceGetAttribute
+constexpr int kMajor = 75;       // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+constexpr int kMinor = 76;       // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+constexpr int kNoContext = 201;  // CUDA_ERROR_INVALID_CONTEXT
+
+// The driver that is loaded in this process, and what is asked of it.
+struct Driver {
+  std::unique_ptr<void, Close> library{dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD)};
+  CtxGetDevice* get_device = Find<CtxGetDevice>("cuCtxGetDevice");
+  DeviceGetAttribute* get_attribute = Find<DeviceGetAttribute>("cuDeviceGetAttribute");
+
+  ffi::Error Check() const {
+    if (get_device != nullptr && get_attribute != nullptr) return ffi::Error::Success();
+    return ffi::Error::Internal(
+        "the GPU cannot be asked for: the CUDA driver, libcuda.so.1, is not loaded in this "
+        "process.");
+  }
+
+ private:
+  template <typename Function>
+  Function* Find(const char* name) const {
+    return library == nullptr ? nullptr : reinterpret_cast<Function*>(dlsym(library.get(), name));
+  }
+};
+
+ffi::Error DriverError(const char* what, int status) {
+  return ffi::Error::Internal(std::string("the CUDA driver does not tell ") + what + ": error " +
+                              std::to_string(status) + ".");
+}
+
 }  // namespace
 
 ffi::ErrorOr<int> OnCuda::Architecture(const Library&) {
-  // Of cuda.h, CUDA 13.0.
-  using CtxGetDevice = int(int* device);                                  // cuCtxGetDevice
-  using DeviceGetAttribute = int(int* value, int attribute, int device);  // cuDeviceGetAttribute
-  constexpr int kMajor = 75;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-  constexpr int kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-
-  const std::unique_ptr<void, Close> driver(dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD));
-  CtxGetDevice* get_device = nullptr;
-  DeviceGetAttribute* get_attribute = nullptr;
-  if (driver != nullptr) {
-    get_device = reinterpret_cast<CtxGetDevice*>(dlsym(driver.get(), "cuCtxGetDevice"));
-    get_attribute =
-        reinterpret_cast<DeviceGetAttribute*>(dlsym(driver.get(), "cuDeviceGetAttribute"));
-  }
-  if (get_device == nullptr || get_attribute == nullptr) {
-    return Failure{ffi::Error::Internal(
-        "the architecture of the GPU cannot be asked for: the CUDA driver, libcuda.so.1, is not "
-        "loaded in this process.")};
-  }
+  const Driver driver;
+  ESPARSE_RETURN_IF_ERROR(driver.Check());
   int device = 0, major = 0, minor = 0;
-  int status = get_device(&device);
-  if (status == 0) status = get_attribute(&major, kMajor, device);
-  if (status == 0) status = get_attribute(&minor, kMinor, device);
-  if (status != 0) {
-    return Failure{
-        ffi::Error::Internal("the CUDA driver does not tell the GPU's architecture: error " +
-                             std::to_string(status) + ".")};
-  }
+  int status = driver.get_device(&device);
+  if (status == 0) status = driver.get_attribute(&major, kMajor, device);
+  if (status == 0) status = driver.get_attribute(&minor, kMinor, device);
+  if (status != 0) return Failure{DriverError("the GPU's architecture", status)};
   return 10 * major + minor;
+}
+
+ffi::ErrorOr<int> OnCuda::Device() {
+  const Driver driver;
+  if (driver.library == nullptr) return 0;  // then nothing is current
+  ESPARSE_RETURN_IF_ERROR(driver.Check());
+  int device = 0;
+  const int status = driver.get_device(&device);
+  if (status == kNoContext) return 0;
+  if (status != 0) return Failure{DriverError("which GPU is current", status)};
+  return device;
 }
 
 ffi::ErrorOr<int> OnHost::Architecture(const Library& library) {

@@ -16,6 +16,10 @@ struct OnCuda {
   // Of the GPU that is current in this thread, as XLA's is while it initializes and executes: 90
   // for compute capability 9.0. It comes from the driver, which XLA has loaded.
   static ffi::ErrorOr<int> Architecture(const Library& library);
+
+  // The number of that GPU, which the driver gives it; where none is current yet, the first one's,
+  // which is what a call of the CUDA runtime makes current.
+  static ffi::ErrorOr<int> Device();
 };
 
 struct OnHost {
@@ -23,6 +27,9 @@ struct OnHost {
 
   // What the stand-in says.
   static ffi::ErrorOr<int> Architecture(const Library& library);
+
+  // There is one host, however many devices XLA makes of it.
+  static ffi::ErrorOr<int> Device() { return 0; }
 };
 
 }  // namespace esparse::cusparselt

@@ -6,6 +6,8 @@
 
 #include "cuda/errors.h"
 #include "cuda/timing.h"
+#include "cusparselt/context.h"
+#include "cusparselt/platform.h"
 
 namespace esparse::cusparselt {
 namespace {
@@ -71,8 +73,9 @@ ffi::ErrorOr<double> TimeCandidate(SharedLibrary library, int32_t device,
                                    const Candidate& candidate, int32_t launches, int32_t replays) {
   CurrentDevice current;
   ESPARSE_RETURN_IF_ERROR(current.Set(device));
-  ESPARSE_ASSIGN_OR_RETURN(
-      plan, Plan::Create(std::move(library), candidate.problem, candidate.algorithm));
+  ESPARSE_ASSIGN_OR_RETURN(number, OnCuda::Device());
+  ESPARSE_ASSIGN_OR_RETURN(context, Context::On(std::move(library), number));
+  ESPARSE_ASSIGN_OR_RETURN(plan, Plan::Create(context, candidate.problem, candidate.algorithm));
   ESPARSE_RETURN_IF_ERROR(Check(candidate, plan, launches, replays));
 
   const auto launch = [&](int64_t i, cudaStream_t stream) {

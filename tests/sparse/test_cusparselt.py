@@ -118,6 +118,7 @@ def test_a_loop_has_one_plan_and_two_calls_have_two(fake):
 
     chain(x).block_until_ready()
     assert (fake.calls("Matmul"), fake.calls("MatmulPlanInit")) == (7, 3)
+    assert fake.calls("Init") == fake.alive()["handle"] == 1  # which all plans share
 
 
 def test_the_workspace_is_asked_for_once_per_product(fake):
@@ -248,9 +249,9 @@ def test_a_failing_compression_is_named_and_leaks_nothing(fake, call):
 
 def test_sizes_that_need_a_gpu_say_what_failed(fake):
     fake.fail("Init", status=1)
-    with pytest.raises(RuntimeError, match=r"cusparseLtInit .*NOT_INITIALIZED.*float16\[64, 64\]"):
+    with pytest.raises(RuntimeError, match=r"cusparseLtInit .*NOT_INITIALIZED"):
         _ffi_cusparselt.compress(weight24((64, 64), "float16"))
-    with pytest.raises(RuntimeError, match=r"cusparseLtInit .*NOT_INITIALIZED.*y\[16, 64\] = x"):
+    with pytest.raises(RuntimeError, match=r"cusparseLtInit .*NOT_INITIALIZED"):
         _ffi_cusparselt.describe_plan(rows=9, out=64, channels=64, dtype=np.dtype("float16"))
 
 
@@ -564,7 +565,7 @@ def test_devices_have_plans_of_their_own_and_loops_carry_what_varies(stand_in):
                     want = np.concatenate([np.asarray(x @ w.T, np.float32) for w in weights], 1)
                     np.testing.assert_allclose(y, times * want, rtol=2e-2, atol=2e-2)
                     if function is product:
-                        assert fake.alive()["handle"] == fake.alive()["plan"] == 2
+                        assert (fake.alive()["handle"], fake.alive()["plan"]) == (1, 2)
                         assert fake.calls("Matmul") == 2
                         del y
             assert set(fake.alive().values()) == {0}

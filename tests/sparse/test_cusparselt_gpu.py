@@ -168,32 +168,44 @@ def test_the_bits_are_those_of_pytorch(shape, dtype, rows):
     schema = torch.ops.aten._cslt_sparse_mm.default._schema
     if "split_k" not in {argument.name for argument in schema.arguments}:
         splits = [1]
-    compared = 0
+    found = {}
     for id in (each for each in SEARCHED if each < facts.algorithms):
         for split_k in splits:
             # 1 is what PyTorch leaves unset.
             algorithm = Algorithm(id=id, split_k=None if split_k == 1 else split_k)
             options = {} if split_k == 1 else {"split_k": split_k}
+            product = {
+                "rows": rows,
+                "out": shape[0],
+                "channels": shape[1],
+                "dtype": np.dtype(dtype),
+                "algorithm": algorithm,
+            }
             try:
                 theirs = torch._cslt_sparse_mm(
                     their_weight, their_x.t(), transpose_result=True, alg_id=id, **options
                 )
             except RuntimeError:
                 with pytest.raises(RuntimeError):
-                    _ffi_cusparselt.matmul(
-                        x, data, out=shape[0], readers=readers, algorithm=algorithm
-                    )
+                    _ffi_cusparselt.describe_plan(**product)
                 continue
-            ours = _ffi_cusparselt.matmul(
-                x, data, out=shape[0], readers=readers, algorithm=algorithm
-            )
-            np.testing.assert_array_equal(
-                np.asarray(ours).view(np.int16),
-                theirs.view(torch.int16).cpu().numpy(),
-                err_msg=f"algorithm {id}, split_k {split_k}",
-            )
-            compared += 1
-    assert compared > 0
+            workspace = _ffi_cusparselt.describe_plan(**product).workspace_bytes
+            found[Algorithm(id, algorithm.split_k, workspace_bytes=workspace)] = theirs
+
+    @jax.jit
+    def ours(x, data):
+        return [
+            _ffi_cusparselt.matmul(x, data, out=shape[0], readers=readers, algorithm=algorithm)
+            for algorithm in found
+        ]
+
+    assert len(found) > 1
+    for (algorithm, theirs), y in zip(found.items(), ours(x, data), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(y).view(np.int16),
+            theirs.view(torch.int16).cpu().numpy(),
+            err_msg=str(algorithm),
+        )
 
 
 # ---- inside XLA
