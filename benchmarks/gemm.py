@@ -62,6 +62,7 @@ from esparse_jax.sparse._timing import (
     chain_rotation,
     copy_bandwidth,
     estimate,
+    exact_product,
     random_24,
     seconds,
 )
@@ -273,12 +274,7 @@ def measure(
         return chain.microseconds(batches=options.batches)
 
     (x,) = inputs(1)
-    exact = jax.lax.dot_general(
-        x.astype(jnp.float32),
-        weights.weight.astype(jnp.float32),
-        (((1,), (1,)), ((), ())),
-        precision="highest",
-    )
+    exact = exact_product(x, weights.weight)
     y = jax.jit(sparse_matmul)(x, weights.blob).astype(jnp.float32)
     error = float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact))
     del exact, y

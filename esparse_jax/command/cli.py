@@ -42,6 +42,7 @@ from esparse_jax.sparse import (
     BUCKETS,
     Limits,
     Machine,
+    Record,
     TuningTable,
     load_table,
     rows_left,
@@ -532,6 +533,7 @@ class Tune:
     def run(self, console: Console) -> int:
         shapes, dtype = wanted(self.model, self.shape, self.model_shape, self.separate, self.dtype)
         machine: Machine | None = None
+        measured: list[Record] = []
 
         def stored(machine: Machine) -> TuningTable | None:
             file = self.output or table_file(machine)
@@ -543,7 +545,10 @@ class Tune:
             return table
 
         def known(machine: Machine) -> TuningTable | None:
-            return None if self.again else stored(machine)
+            table = stored(machine)
+            if self.again and table is not None:  # what was measured now alone
+                return dataclasses.replace(table, records=tuple(measured))
+            return table
 
         for shape in shapes:
             if machine and not rows_left(known(machine), shape, dtype, self.rows):
@@ -563,6 +568,7 @@ class Tune:
                 except RuntimeError as error:  # no GPU, or none that answers
                     raise ValueError(str(error)) from error
             machine = found.machine
+            measured += found.records
         table = stored(machine)
         records = asked_for(table, shapes, dtype, self.rows)
         for line in record_lines(records):

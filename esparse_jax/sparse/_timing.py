@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 ROTATED_BYTES = 300_000_000
+# Microseconds until a CUDA graph has started: a part of the time of a single launch.
+GRAPH_START = 20.0
 # The graphs that XLA makes of a chain keep its order.
 _SERIAL = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 # The six ways to keep two of four.
@@ -33,6 +35,27 @@ def random_24(key: Array, out: int, channels: int, dtype: Any) -> Float[Array, "
     pattern = jax.random.randint(places, (out, channels // 4), 0, len(_PATTERNS))
     mask = jnp.asarray(_PATTERNS)[pattern].reshape(out, channels)
     return jnp.where(mask, weight, 0).astype(dtype)
+
+
+def exact_product(
+    x: Float[Array, "row channel"], weight: Float[Array, "out channel"]
+) -> Float[Array, "row out"]:
+    """The dense product in float32, to compare with."""
+    return _exact_product()(x, weight)
+
+
+@functools.cache
+def _exact_product() -> Callable[[Array, Array], Array]:
+    def product(x, weight):
+        return jax.lax.dot_general(
+            x.astype(jnp.float32),
+            weight.astype(jnp.float32),
+            (((1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+
+    # To find the best kernel for it would take XLA ten seconds, and it runs once.
+    return jax.jit(product, compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def rotation(weight_bytes: int, rows: int, shape: tuple[int, int]) -> int:

@@ -6,23 +6,15 @@ row-major y, over more weights than a cache holds. First each candidate is timed
 then the best few again, in turns. A candidate counts only after its numbers were compared with a
 dense product in float32.
 
+No product becomes faster by more rows. So what an algorithm took for fewer rows bounds what it
+takes for more, and one whose bound is behind the best so far is not asked again; those that were
+fast for fewer rows come first.
+
 An algorithm may take the process with it, or never return. So candidates run in a child process,
 one for each shape (`_tune_worker`), with a time limit for each candidate; this process touches no
 GPU. When the child dies or does not answer, the candidate in hand is noted as failed, and a new
-child goes on with the next.
-
-How long it takes, reckoned for LLaMA-7B's four fused products, 13 numbers of rows and one dtype on
-an H200, where a product takes 7 us to 5 ms:
-
-    4 children, until they have a GPU, weights and reference              8 s each           32 s
-    52 dense products, compiled and autotuned by XLA                      2.5 s each        130 s
-    52 sets of operands                                                   0.2 s each         10 s
-    4,992 times the library: 52 algorithms, 2 splits, 4 products,         10 ms of plans     50 s
-        12 numbers of rows (1 is padded to 8); up to 2,048 rows           5 ms of GPU        20 s
-        more, where 4 launches show what is hopeless                      10 to 50 ms        25 s
-    972 times the decode kernel: 81 plans, 4 products, 3 numbers of rows  4 ms                4 s
-
-Together 270 s, half of them XLA's. With fewer algorithms it is less: their number is the library's.
+child goes on with the next. An algorithm that failed for one shape is not tried for others, and the
+sum is not split for one that took its child with it unsplit.
 """
 
 import collections
@@ -47,6 +39,7 @@ import numpy as np
 
 from . import _ffi_cuda
 from ._ffi_cusparselt import ROW_UNIT, Algorithm, SplitKMode, why_not
+from ._timing import GRAPH_START
 from .machine import Machine
 from .table import BUCKETS, DecodeTime, LibraryTime, Record, TuningTable
 
@@ -55,6 +48,8 @@ _LOGGER = logging.getLogger(__name__)
 WORKER = (sys.executable, "-P", "-m", "esparse_jax.sparse._tune_worker")
 # How many of a kind are timed again, how often, and the least that counts as a difference.
 _FINALISTS, _ROUNDS, _NOISE = 4, 3, 0.02
+# How far behind the best the bound of an algorithm must be: coarse times differ by some percent.
+_BEHIND = 1.1
 # Errors of so many roundings are told from those of a kernel that went astray.
 _ROUNDINGS = 8
 # Below so many outputs, segment-K was reported to hang on Hopper (vllmbench, cuSPARSELt 0.7.1).
@@ -69,9 +64,9 @@ class Limits:
         start: Until it has a GPU, a weight and the reference; and for x and copies of the weight.
         candidate: To check and time one candidate.
         dense: The same for a product that XLA compiles and autotunes.
-        restarts: So many candidates of one shape and family may cost a child; then the rest of the
-            family is left out. Families are the decode kernel's plans, cuSPARSELt's algorithms, and
-            those with the sum split.
+        restarts: So many candidates of one shape and family may cost a child; then those of the
+            family that have not worked before are left out. Families are the decode kernel's plans,
+            cuSPARSELt's algorithms, and those with the sum split.
     """
 
     start: float = 240.0
@@ -183,8 +178,9 @@ def tune_shape(
         shape: `(out, channel)` of the weight, multiples of 64 (of 16: by cuSPARSELt alone).
         dtype: float16 or bfloat16.
         rows: Which of `BUCKETS`.
-        known: Called when the child has said what the machine is; numbers of rows that the table it
-            returns has are left out.
+        known: Called when the child has said what the machine is. Numbers of rows that the table it
+            returns has for this shape are left out, and so are algorithms of cuSPARSELt that failed
+            for any shape in it.
         limits: None is `Limits()`.
         progress: Called before each candidate.
         on_record: Called with a table of one record whenever a number of rows is measured, so that
@@ -236,6 +232,20 @@ def rows_left(
     return [each for each in rows if each not in found]
 
 
+def failed_algorithms(table: TuningTable | None, dtype: Any) -> dict[str, str]:
+    """Algorithms of cuSPARSELt that failed for some shape in a table, and why.
+
+    Paper silent: one that crashed or hung once is not worth a child process for every shape.
+    """
+    return {
+        name: f"{record.out}x{record.channels} {reason}" if reason.startswith("with ") else reason
+        for record in (() if table is None else table.records)
+        if record.dtype == np.dtype(dtype).name
+        for name, reason in record.failed.items()
+        if name.startswith("cusparselt")
+    }
+
+
 class _Search:
     """The search for one shape: what to ask next, and what came of it so far."""
 
@@ -255,6 +265,10 @@ class _Search:
         # What failed once is not tried again with other rows: nothing that crashes now and then is
         # to be a winner.
         self._failed: dict[Candidate, str] = {}
+        self._fatal: set[Candidate] = set()  # those of them that cost a child
+        self._worked: set[Candidate] = set()
+        self._left_out: dict[str, str] = {}
+        self._bounds: dict[Candidate, float] = {}  # microseconds, for fewer rows
         self._libraries: dict[int, LibraryTime | None] = {}
         self._workspaces: dict[tuple[int, Candidate], int] = {}
         self._restarts: collections.Counter[str] = collections.Counter()  # by family
@@ -273,7 +287,9 @@ class _Search:
             )
         machine = Machine(facts["device"], facts["capability"], facts["cusparselt"])
         if known is not None:
-            self._rows = rows_left(known(machine), self._shape, self._dtype, self._rows)
+            table = known(machine)
+            self._rows = rows_left(table, self._shape, self._dtype, self._rows)
+            self._left_out = failed_algorithms(table, self._dtype)
         self._total = sum(1 for _ in self._all_candidates())
         records = []
         for rows in self._rows:
@@ -299,6 +315,7 @@ class _Search:
         decode = self._decode(rows)
         library = self._library(rows)
         failed = {str(candidate): reason for candidate, reason in self._failed.items()}
+        failed = self._left_out | failed
         self._failed.pop(Candidate("dense"), None)  # which must not be without because of one
         return Record(*self._shape, self._dtype, rows, dense, decode, library, failed)
 
@@ -355,7 +372,9 @@ class _Search:
     def _library(self, rows: int) -> LibraryTime | None:
         rows = _library_rows(rows)
         if rows not in self._libraries:
-            coarse = self._time_all(rows, self._algorithms())
+            algorithms = self._algorithms()
+            algorithms.sort(key=lambda each: self._bounds.get(each, 0.0))
+            coarse = self._time_all(rows, algorithms)
             best = sorted(coarse, key=coarse.__getitem__)[:_FINALISTS]
             final = self._time_again(rows, best)
             self._libraries[rows] = None
@@ -373,9 +392,15 @@ class _Search:
         found: dict[Candidate, float] = {}
         for candidate in candidates:
             best = min(found.values(), default=None)
-            microseconds = self._time(rows, candidate, best=best)
+            behind = best is not None and self._bounds.get(candidate, 0.0) > _BEHIND * best
+            microseconds = None if behind else self._time(rows, candidate, best=best)
+            if behind:
+                self._count(rows)
             if microseconds is not None:
                 found[candidate] = microseconds
+                if candidate.algorithm is not None:
+                    hopeless = best is not None and microseconds > 2 * best
+                    self._bounds[candidate] = microseconds - (GRAPH_START if hopeless else 0)
         return found
 
     def _time_again(self, rows: int, candidates: list[Candidate]) -> dict[Candidate, list[float]]:
@@ -397,14 +422,8 @@ class _Search:
     ) -> float | None:
         """Microseconds, or None where the candidate has none; why is noted, if it ran."""
         if not thorough:
-            self._done += 1
-            if self._progress is not None:
-                self._progress(TuneProgress(self._shape, rows, self._done, self._total))
-        optional = bool(candidate.plan) or candidate.algorithm is not None
-        given_up = (
-            optional and not thorough and self._restarts[candidate.family] > self._limits.restarts
-        )
-        if candidate in self._failed or given_up:
+            self._count(rows)
+        if candidate in self._failed or self._given_up(candidate):
             return None
         try:
             answer = self._running().ask(
@@ -436,8 +455,28 @@ class _Search:
         microseconds = round(float(answer["microseconds"]), 3)
         if not 0 < microseconds < float("inf"):
             return self._fail(rows, candidate, f"the impossible time of {microseconds} us")
+        self._worked.add(candidate)
         self._workspaces[rows, candidate] = answer.get("workspace_bytes", 0)
         return microseconds
+
+    def _count(self, rows: int) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(TuneProgress(self._shape, rows, self._done, self._total))
+
+    def _given_up(self, candidate: Candidate) -> bool:
+        """Whether a candidate is not to be tried."""
+        optional = bool(candidate.plan) or candidate.algorithm is not None
+        if not optional or candidate in self._worked:
+            return False
+        if str(candidate) in self._left_out:
+            return True
+        if self._restarts[candidate.family] > self._limits.restarts:
+            return True
+        if candidate.algorithm is None:
+            return False
+        unsplit = candidate._replace(algorithm=Algorithm(id=candidate.algorithm.id))
+        return unsplit != candidate and (unsplit in self._fatal or self._given_up(unsplit))
 
     def _fail(
         self, rows: int, candidate: Candidate, reason: str, *, harmless: bool = False
@@ -448,11 +487,12 @@ class _Search:
         if harmless:
             return
         self.close()
+        self._fatal.add(candidate)
         self._restarts[candidate.family] += 1
         if self._restarts[candidate.family] == self._limits.restarts + 1:
             _LOGGER.warning(
                 "%dx%d: %d candidates of %s failed and took a new child process each; those that "
-                "are left are not measured. The last one is %s: %s",
+                "have not worked before are not measured. The last one is %s: %s",
                 *self._shape,
                 self._restarts[candidate.family],
                 candidate.family,
