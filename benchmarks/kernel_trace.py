@@ -243,10 +243,16 @@ def _kernel(event: Any, stream: str) -> Kernel:
             if found := _BLOCK.search(value):
                 block = tuple(map(int, found.groups()))
         if key in ("cuda_graph_id", "cuda_graph_exec_id", "graph_id"):
-            graph = graph or int(value)
+            graph = graph or _number(value)
         elif key in ("cuda_graph_node_id", "graph_node_id"):
-            graph = graph or (1 if int(value) else 0)
+            graph = graph or min(1, _number(value))
     return Kernel(event.name, event.start_ns, event.duration_ns, grid, block, stream, graph)
+
+
+def _number(value: Any) -> int:
+    """Of a graph or node, in whatever form it is given; 1 for one that is no number."""
+    digits = re.sub(r"\D", "", str(value))
+    return int(digits) if digits else int(bool(value))
 
 
 def added_times(kernels: Iterable[Kernel]) -> list[Placed]:

@@ -108,6 +108,15 @@ def test_kernels_come_from_streams_and_from_behind_the_mark(kernel_trace):
     assert "/device:GPU:0 XLA Ops (1)" in found.seen
 
 
+def test_a_kernel_of_a_graph_may_name_its_node_alone(kernel_trace):
+    space = Space()
+    space.add(GPU, "Stream #1(Compute)", "inside", 0, 1, cuda_graph_node_id=40)
+    space.add(GPU, "Stream #1(Compute)", "as text", 2, 1, cuda_graph_exec_id="$$12")
+    space.add(GPU, "Stream #1(Compute)", "outside", 4, 1, cuda_graph_id=0)
+    found = kernel_trace.read_planes(space.planes())
+    assert [kernel.graph for kernel in found.kernels] == [1, 12, 0]
+
+
 def test_without_a_mark_the_longest_pause_is_where_it_begins(kernel_trace):
     space = Space()
     for start in (0, 200, 200 * MILLISECOND, 200 * MILLISECOND + 300):
