@@ -91,9 +91,9 @@ def chain_inputs(rows: int, shape: tuple[int, int], copies: int) -> int:
 class Chain:
     """A jitted chain of products, `product(x, weight)`, over all pairs of the given x and weights.
 
-    Making one compiles it; `microseconds` runs it. On NVIDIA GPUs the products run one after the
-    other, all of them in every turn of a loop; on the CPU XLA drops the barriers that see to this
-    before it optimises loops, so there a chain is good for tests only.
+    Making one compiles it; `call` queues it, and `microseconds` times it. On NVIDIA GPUs the
+    products run one after the other, all of them in every turn of a loop; on the CPU XLA drops the
+    barriers that see to this before it optimises loops, so there a chain is good for tests only.
 
     Args:
         xs: Matrices `[row, channel]`.
@@ -112,7 +112,7 @@ class Chain:
         self._arguments = (list(xs), list(weights))
         count = len(xs) * len(weights)
         self._turns = min(16, max(1, math.ceil(2000 / (microseconds * count))))
-        self._products = count * self._turns
+        self.products = count * self._turns
 
         def once(xs, weights, last):
             results = []
@@ -141,14 +141,15 @@ class Chain:
         jitted = jax.jit(chain, donate_argnums=2, compiler_options=_SERIAL)
         self._compiled = jitted.lower(*self._arguments, self._results).compile()
 
-    def _call(self) -> list[Array]:
+    def call(self) -> list[Array]:
+        """Queues all `products` once; the results are those of the last turn."""
         self._results = self._compiled(*self._arguments, self._results)
         return self._results
 
     def microseconds(self, batches: int = 5, least_seconds: float = 0.01) -> float:
         """Of a product: the median over batches of queued chains, each of `least_seconds`."""
         return (
-            1e6 * seconds(self._call, batches=batches, least_seconds=least_seconds) / self._products
+            1e6 * seconds(self.call, batches=batches, least_seconds=least_seconds) / self.products
         )
 
 

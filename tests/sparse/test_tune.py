@@ -486,8 +486,8 @@ def test_a_chain_runs_every_product(inputs, weights):
 
     xs = [jnp.ones((2, 8)) + i for i in range(inputs)]
     chain = Chain(product, xs, [jnp.ones((4, 8)) + i for i in range(weights)], microseconds=2e3)
-    jax.block_until_ready(chain._call())
-    assert len(calls) == chain._products == inputs * weights
+    jax.block_until_ready(chain.call())
+    assert len(calls) == chain.products == inputs * weights
     assert chain.microseconds(batches=3, least_seconds=1e-4) > 0
 
 

@@ -86,4 +86,4 @@ def test_every_product_of_a_chain_reads_its_weight(rows):
     x = random_x(rows, SHAPE[1])
     chain = Chain(_dense, [x], [weight + 0 for _ in range(copies)], microseconds=5.0)
     assert _as_fast_as_memory(chain.microseconds(), weight.nbytes)
-    assert_product(chain._call(*chain._arguments)[-1], x, weight)
+    assert_product(chain.call()[-1], x, weight)
