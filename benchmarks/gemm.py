@@ -33,6 +33,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -165,8 +166,10 @@ def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
 
 
-def decode_time(xs: list, blobs: list, prefetch: bool, options: Options) -> float:
-    """Microseconds per product of a chain by the decode kernel over the weights, in one jit.
+def decode_chain(
+    xs: list[jax.Array], blobs: list[Blob24], prefetch: bool, options: Options
+) -> Callable[[], float]:
+    """Compiles a chain by the decode kernel over the weights, in one jit; what times a product.
 
     Each product has the one before as its residual: a step of a decoder has such a chain, it keeps
     the products in order without a kernel between them, and it only adds to their work.
@@ -179,13 +182,14 @@ def decode_time(xs: list, blobs: list, prefetch: bool, options: Options) -> floa
         return y
 
     y = jnp.zeros((xs[0].shape[0], blobs[0].shape[0]), xs[0].dtype)
+    compiled = chain.lower(xs, blobs, y).compile()
 
     def call() -> jax.Array:
         nonlocal y
-        y = chain(xs, blobs, y)
+        y = compiled(xs, blobs, y)
         return y
 
-    return seconds(call, batches=options.batches) / len(xs) * 1e6
+    return lambda: seconds(call, batches=options.batches) / len(xs) * 1e6
 
 
 def torch_times(xs: list[jax.Array], copies: list[jax.Array]) -> dict[str, float]:
@@ -268,10 +272,10 @@ def measure(
         keys = jax.random.split(jax.random.key(rows), count)
         return [jax.random.normal(key, (rows, channels), jnp.float32).astype(dtype) for key in keys]
 
-    def chained(product: Callable, copies: list) -> float:
+    def chained(product: Callable, copies: list) -> Callable[[], float]:
         xs = inputs(chain_inputs(rows, weights.shape, len(copies)))
         chain = Chain(product, xs, copies, microseconds=estimate(rows, weights.shape))
-        return chain.microseconds(batches=options.batches)
+        return partial(chain.microseconds, batches=options.batches)
 
     (x,) = inputs(1)
     exact = exact_product(x, weights.weight)
@@ -289,31 +293,43 @@ def measure(
     def by_library(algorithm: Algorithm | None) -> Callable:
         return partial(sparse_matmul, backend="cusparselt", algorithm=algorithm)
 
-    def time_column(column: str) -> None:
+    dense_copies, blobs = weights.dense(rows), weights.blobs(rows)
+
+    def by_torch() -> float:
+        xs = inputs(chain_inputs(rows, weights.shape, len(dense_copies)))
+        line.torch = torch_times(xs, dense_copies)
+        return min(line.torch.values())
+
+    def compiled(column: str) -> Callable[[], float] | None:
+        """What times a column, or None where it does not apply."""
         if column == "xla":
-            times[column] = chained(dense, weights.dense(rows))
-        elif column == "torch" and torch is not None:
-            copies = weights.dense(rows)
-            xs = inputs(chain_inputs(rows, weights.shape, len(copies)))
-            line.torch = torch_times(xs, copies)
-            times[column] = min(line.torch.values())
-        elif column == "cuslt" and library_facts().version is not None:
-            times[column] = chained(by_library(None), weights.blobs(rows))
-        elif column == "tuned" and record is not None and record.cusparselt is not None:
+            return chained(dense, dense_copies)
+        if column == "torch" and torch is not None:
+            return by_torch
+        if column == "cuslt" and library_facts().version is not None:
+            return chained(by_library(None), blobs)
+        if column == "tuned" and record is not None and record.cusparselt is not None:
             algorithm = record.cusparselt.algorithm
             if rows != record.rows:  # its workspace is that of other rows
                 algorithm = Algorithm(algorithm.id, algorithm.split_k, algorithm.split_k_mode)
-            times[column] = chained(by_library(algorithm), weights.blobs(rows))
-        elif column in ("decode", "careful") and rows <= MAX_ROWS:
-            blobs = weights.blobs(rows)
-            xs = inputs(max(48, len(blobs)))
-            times[column] = decode_time(xs, blobs, column == "decode", options)
-        elif column == "dispatch":
-            times[column] = chained(sparse_matmul, weights.blobs(rows))
+            return chained(by_library(algorithm), blobs)
+        if column in ("decode", "careful") and rows <= MAX_ROWS:
+            # So many that the start of a graph does not count.
+            long = min(256, math.ceil(2000 / estimate(rows, weights.shape)))
+            return decode_chain(inputs(max(long, len(blobs))), blobs, column == "decode", options)
+        if column == "dispatch":
+            return chained(sparse_matmul, blobs)
+        return None
 
-    for column in dict.fromkeys((*options.columns, "dispatch")):
+    # Compiled at once, timed one by one.
+    with ThreadPoolExecutor() as threads:
+        columns = dict.fromkeys((*options.columns, "dispatch"))
+        timers = {column: threads.submit(compiled, column) for column in columns}
+    for column, timer in timers.items():
         try:
-            time_column(column)
+            run = timer.result()
+            if run is not None:
+                times[column] = run()
         except (RuntimeError, ValueError) as error:  # of memory that is missing, above all
             line.failed[column] = " ".join(str(error).split())[:300]
     return line
