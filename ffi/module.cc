@@ -12,6 +12,7 @@
 #include "cusparselt/handlers.h"
 #include "xla/ffi/api/c_api.h"
 #ifdef ESPARSE_CUDA
+#include "cuda/attention_handlers.h"
 #include "cuda/bindings.h"
 #include "cuda/handlers.h"
 #endif
@@ -26,6 +27,7 @@ constexpr const char* kProductTarget = "esparse_product24_cpu_v1";
 constexpr const char* kExpandTarget = "esparse_expand24_cpu_v1";
 constexpr const char* kDecodeTarget = "esparse_decode24_cuda_v2";
 constexpr const char* kChainTarget = "esparse_chain24_cuda_v1";
+constexpr const char* kAttendTarget = "esparse_attend_cuda_v1";
 constexpr const char* kMaxSumTarget = "esparse_max_sum_cuda_v1";
 constexpr const char* kRecordTarget = "esparse_register_recorded_v1";
 constexpr const char* kMatmulTarget = "esparse_cusparselt_matmul_cuda_v1";
@@ -68,6 +70,8 @@ py::dict Registrations() {
 #ifdef ESPARSE_CUDA
   registrations[kDecodeTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::Decode24}}));
   registrations[kChainTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::Chain24}}));
+  registrations[kAttendTarget] =
+      py::make_tuple("CUDA", Stages({{"execute", cuda::DecodeAttention}}));
   registrations[kMaxSumTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::MaxSum32}}));
 #endif
   return registrations;
@@ -117,11 +121,14 @@ PYBIND11_MODULE(_esparse_ffi, module) {
   module.attr("EXPAND24_CPU") = kExpandTarget;
   module.attr("CUDA_DECODE_TARGET") = kDecodeTarget;
   module.attr("CUDA_CHAIN_TARGET") = kChainTarget;
+  module.attr("CUDA_ATTEND_TARGET") = kAttendTarget;
   module.attr("CUDA_MAX_SUM_TARGET") = kMaxSumTarget;
 #ifdef ESPARSE_CUBINS
   module.attr("CUDA_RECORDED_TARGET") = esparse::cuda::kRecordedTarget;
+  module.attr("CUDA_RECORDED_ATTEND_TARGET") = esparse::cuda::kRecordedAttendTarget;
 #else
   module.attr("CUDA_RECORDED_TARGET") = py::none();
+  module.attr("CUDA_RECORDED_ATTEND_TARGET") = py::none();
 #endif
   module.attr("CUDA_RECORD_TARGET") = kRecordTarget;
   module.attr("CUSPARSELT_MATMUL") = kMatmulTarget;

@@ -23,8 +23,17 @@ from jaxtyping import Array, Float, Int
 
 from esparse_jax.models.cache import LayerCache
 from esparse_jax.models.layers import Permutation, SparseLinear
-from esparse_jax.models.llama import ACTIVATIONS, CausalLM, LlamaConfig, rotary_attention
+from esparse_jax.models.llama import (
+    ACTIVATIONS,
+    CausalLM,
+    LlamaConfig,
+    decode_attention,
+    rotary_attention,
+)
 from esparse_jax.sparse.fused import ChainWeights, fused_matmul, fused_takes, sparse_chain
+
+# Queries, keys and values: side by side where one product gave them.
+Projected = Array | tuple[Array, Array, Array]
 
 
 class InferenceLayer(nnx.Module):
@@ -66,30 +75,28 @@ class InferenceLayer(nnx.Module):
         self.qkv_places = nnx.data(_places(qkv[0]) if qkv_fused else None)
         self.mlp_places = nnx.data(_places(gate_up[0]) if mlp_fused else None)
 
-    def project(
-        self, hidden: Float[Array, "row channel"]
-    ) -> tuple[Float[Array, "row query"], Float[Array, "row key"], Float[Array, "row key"]]:
+    def project(self, hidden: Float[Array, "row channel"]) -> Projected:
         """Queries, keys and values from the residual stream."""
         if self.qkv_fused and fused_takes(hidden.shape[0]):
             (linear,) = self.qkv
-            return self.split(
-                fused_matmul(
-                    linear.ordered(hidden),
-                    linear.weight.get_value(),
-                    norm_epsilon=self.config.rms_norm_eps,
-                    prefetch=True,
-                )
+            return fused_matmul(
+                linear.ordered(hidden),
+                linear.weight.get_value(),
+                norm_epsilon=self.config.rms_norm_eps,
+                prefetch=True,
             )
         normed = self._normed(hidden, self.input_norm)
         if len(self.qkv) == 1:
-            return self.split(self.qkv[0](normed))
+            return self.qkv[0](normed)
         query, key, value = (linear(normed) for linear in self.qkv)
         return query, key, value
 
     def split(
-        self, projected: Float[Array, "row out"]
+        self, projected: Projected
     ) -> tuple[Float[Array, "row query"], Float[Array, "row key"], Float[Array, "row key"]]:
-        """The result of a fused product as queries, keys and values."""
+        """Queries, keys and values, each by itself."""
+        if isinstance(projected, tuple):
+            return projected
         query = self.config.num_attention_heads * self.config.head_dim
         key = self.config.num_key_value_heads * self.config.head_dim
         return tuple(jnp.split(projected, (query, query + key), axis=1))
@@ -99,7 +106,7 @@ class InferenceLayer(nnx.Module):
         attended: Float[Array, "row feature"],
         hidden: Float[Array, "row channel"],
         following: "InferenceLayer | None",
-    ) -> tuple[Float[Array, "row channel"], tuple[Array, Array, Array] | None]:
+    ) -> tuple[Float[Array, "row channel"], Projected | None]:
         """All that comes after the attention, and maybe the next layer's projections with it.
 
         Args:
@@ -127,7 +134,7 @@ class InferenceLayer(nnx.Module):
                 epsilon=self.config.rms_norm_eps,
                 prefetch=True,
             )
-            return hidden, following.split(projected) if with_next else None
+            return hidden, projected if with_next else None
         hidden = hidden + self.o(attended)
         inner = self._inner(self._normed(hidden, self.mlp_norm))
         return hidden + self.down(inner), None
@@ -202,13 +209,17 @@ class InferenceModel(CausalLM):
         for layer, following, cache in zip(layers, [*layers[1:], None], caches, strict=True):
             if projected is None:
                 projected = layer.project(stream)
-            attended, cache = rotary_attention(
-                self.config,
-                *(x.reshape(batch, seq, -1) for x in projected),
-                positions,
-                cache=cache,
-                empty=empty,
-            )
+            one_each = seq == 1 and positions is None and cache is not None and not empty
+            if one_each and not isinstance(projected, tuple):
+                attended, cache = decode_attention(self.config, projected, cache, prefetch=True)
+            else:
+                attended, cache = rotary_attention(
+                    self.config,
+                    *(x.reshape(batch, seq, -1) for x in layer.split(projected)),
+                    positions,
+                    cache=cache,
+                    empty=empty,
+                )
             attended = attended.reshape(batch * seq, -1)
             stream, projected = layer.finish(attended, stream, following)
             written.append(cache)

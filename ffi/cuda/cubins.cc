@@ -15,8 +15,26 @@
 
 ESPARSE_EMBED(esparse_cubin_float16, ESPARSE_CUBIN_FLOAT16);
 ESPARSE_EMBED(esparse_cubin_bfloat16, ESPARSE_CUBIN_BFLOAT16);
+ESPARSE_EMBED(esparse_cubin_attention, ESPARSE_CUBIN_ATTENTION);
 
 namespace esparse::cuda {
+
+cudaError_t CubinsRun(bool* run) {
+  int device, major, minor;
+  for (const cudaError_t status :
+       {cudaGetDevice(&device),
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)}) {
+    if (status != cudaSuccess) return status;
+  }
+  *run = major == kCubinMajor && minor == kCubinMinor;
+  return cudaSuccess;
+}
+
+Cubin AttentionCubin() {
+  return {esparse_cubin_attention_begin,
+          static_cast<size_t>(esparse_cubin_attention_end - esparse_cubin_attention_begin)};
+}
 
 Cubin DecodeCubin(Dtype dtype) {
   if (dtype == Dtype::kFloat16) {

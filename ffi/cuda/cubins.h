@@ -1,4 +1,5 @@
-// The decode kernels as cubins, for XLA to load: it cannot be handed a kernel of the CUDA runtime.
+// The kernels of a decode step as cubins, for XLA to load: it cannot be handed a kernel of the CUDA
+// runtime.
 #ifndef ESPARSE_FFI_CUDA_CUBINS_H_
 #define ESPARSE_FFI_CUDA_CUBINS_H_
 
@@ -16,7 +17,11 @@ struct Cubin {
 // Compute capability that the cubins are for; no other one runs them.
 constexpr int kCubinMajor = 9, kCubinMinor = 0;
 
+// Whether the current device runs them.
+cudaError_t CubinsRun(bool* run);
+
 Cubin DecodeCubin(Dtype dtype);
+Cubin AttentionCubin();
 
 }  // namespace esparse::cuda
 

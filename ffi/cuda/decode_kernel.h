@@ -34,6 +34,7 @@
 #include <type_traits>
 
 #include "cuda/decode_args.h"
+#include "cuda/dependent_launch.h"
 
 namespace esparse::cuda {
 
@@ -140,21 +141,6 @@ __device__ __forceinline__ void WaitCopies(int pending) {
     default:
       return WaitCopies<kMaxDepth - 1>();
   }
-}
-
-// Programmatic dependent launch: the next kernel may start / the previous one has ended. Every
-// block waits before it reads x or residual or writes y. Without prefetch it waits before
-// everything, and lets the next one start only then, so that a next one may always prefetch its own
-// W: whatever came before both has ended.
-__device__ __forceinline__ void LetNextStart() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void WaitForPrevious() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 // kTiles tiles at a time, kColumns * 8 >= rows. Shared memory: for every warp its ring (and x,

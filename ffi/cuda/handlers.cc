@@ -312,13 +312,6 @@ ffi::Error Chain24Impl(cudaStream_t stream, ffi::RemainingArgs arguments,
   return ffi::Error::Success();
 }
 
-ffi::Error TakeError(const XLA_FFI_Api* api, XLA_FFI_Error* error, const char* what) {
-  if (error == nullptr) return ffi::Error::Success();
-  std::string text = std::string(what) + ": " + ffi::internal::GetErrorMessage(api, error);
-  ffi::internal::DestroyError(api, error);
-  return ffi::Error::Internal(std::move(text));
-}
-
 #ifdef ESPARSE_CUBINS
 ffi::Error Record24Impl(record::Recorder recorder, ffi::RemainingArgs arguments,
                         ffi::RemainingRets results, int32_t fusion, float epsilon, bool prefetch,
@@ -327,58 +320,28 @@ ffi::Error Record24Impl(record::Recorder recorder, ffi::RemainingArgs arguments,
   ESPARSE_RETURN_IF_ERROR(OneProduct(arguments, results, fusion, epsilon, &product));
   ffi::ErrorOr<Plan> plan = PlanOf(plan_fields);
   if (!plan.has_value()) return plan.error();
-  const record::Frame& frame = *recorder.frame;
-  int device, major, minor;
-  for (const cudaError_t status :
-       {cudaGetDevice(&device),
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)}) {
-    ESPARSE_RETURN_IF_ERROR(ToError(status, "asking for the compute capability"));
-  }
-  if (major != kCubinMajor || minor != kCubinMinor || (fusion & kPermute)) {
-    return TakeError(recorder.ffi, frame.api->request_stream_capture(frame.context),
-                     "XLA's request_stream_capture");
-  }
+  bool runs = false;
+  ESPARSE_RETURN_IF_ERROR(ToError(CubinsRun(&runs), "asking for the compute capability"));
+  if (!runs || (fusion & kPermute)) return record::RequestCapture(recorder);
   KernelLaunch launch;
   const Start start = prefetch ? Start::kPrefetch : Start::kEarly;
   ESPARSE_RETURN_IF_ERROR(
       ToError(Prepare(product, *plan, start, &launch), "the 2:4 decode product"));
-  const auto pointer = [](const void* address) {
-    return record::KernelArg{address, 0, record::ArgType::kDevicePointer};
-  };
   // A pointer that the fusion does not ask for is never followed; XLA wants one all the same.
   const auto or_x = [&](const void* address) { return address == nullptr ? launch.x : address; };
   const record::KernelArg list[] = {
-      pointer(launch.blob),
-      pointer(launch.x),
-      pointer(or_x(launch.residual)),
-      pointer(or_x(launch.places)),
-      pointer(launch.y),
-      pointer(or_x(launch.scattered)),
+      record::Pointer(launch.blob),
+      record::Pointer(launch.x),
+      record::Pointer(or_x(launch.residual)),
+      record::Pointer(or_x(launch.places)),
+      record::Pointer(launch.y),
+      record::Pointer(or_x(launch.scattered)),
       {launch.args.data(), kKernelArgsBytes, record::ArgType::kHostValue}};
   const record::KernelArgList kernel_args = {list, sizeof(list) / sizeof(list[0])};
-  if (frame.action == record::Action::kUpdate) {
-    if (*frame.num_commands != 1) {
-      return ffi::Error::Internal("XLA updates a recorded 2:4 product that has no single command.");
-    }
-    return TakeError(recorder.ffi,
-                     frame.api->update_launch(frame.context, frame.commands[0], &kernel_args),
-                     "XLA's update_launch");
-  }
-  if (*frame.num_commands >= frame.max_commands) {
-    return ffi::Error::Internal("XLA gives a recorded 2:4 product no room for its command.");
-  }
   const Cubin cubin = DecodeCubin(product.dtype);
-  const record::LaunchDims dims = {{launch.grid, 1, 1}, {launch.threads, 1, 1}, {0, 0, 0}};
-  const record::Command* command = nullptr;
-  ESPARSE_RETURN_IF_ERROR(TakeError(
-      recorder.ffi,
-      frame.api->create_launch(frame.context, launch.name, cubin.data,
-                               static_cast<int64_t>(cubin.size), record::SourceFormat::kCubin, dims,
-                               launch.shared, /*uses_pdl=*/1, &kernel_args, nullptr, 0, &command),
-      "XLA's create_launch"));
-  frame.commands[(*frame.num_commands)++] = command;
-  return ffi::Error::Success();
+  return record::AddOrUpdate(
+      recorder, {launch.name, cubin.data, cubin.size, launch.grid, launch.threads, launch.shared},
+      kernel_args);
 }
 #endif  // ESPARSE_CUBINS
 
@@ -406,8 +369,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Chain24, Chain24Impl,
                               {ffi::Traits::kCmdBufferCompatible});
 
 #ifdef ESPARSE_CUBINS
-namespace {
-
 XLA_FFI_DEFINE_HANDLER(kRecord24, Record24Impl,
                        ffi::Ffi::Bind()
                            .Ctx<record::Recorder>()
@@ -419,47 +380,8 @@ XLA_FFI_DEFINE_HANDLER(kRecord24, Record24Impl,
                            .Attr<ffi::Span<const int32_t>>("plan"),
                        {ffi::Traits::kCmdBufferCompatible});
 
-// The record stage. The headers know no such stage, so the call is passed on as one that executes;
-// what XLA asks of a handler when it registers it is passed on as it is.
-XLA_FFI_Error* Record24(XLA_FFI_CallFrame* frame) {
-  if (frame->extension_start != nullptr) return kRecord24(frame);
-  XLA_FFI_CallFrame executed = *frame;
-  executed.stage = XLA_FFI_ExecutionStage_EXECUTE;
-  return kRecord24(&executed);
-}
-
-XLA_FFI_Error* Refusal(const XLA_FFI_Api* api, const char* message) {
-  XLA_FFI_Error_Create_Args args = {};
-  args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
-  args.message = message;
-  args.errc = XLA_FFI_Error_Code_UNIMPLEMENTED;
-  return api->XLA_FFI_Error_Create(&args);
-}
-
-ffi::Error NotCalledImpl() {
-  return ffi::Error::Internal("this target only registers another one; nothing calls it.");
-}
-XLA_FFI_DEFINE_HANDLER(kNotCalled, NotCalledImpl, ffi::Ffi::Bind());
-
-}  // namespace
-
-XLA_FFI_Error* RegisterRecorded(XLA_FFI_CallFrame* frame) {
-  if (frame->extension_start != nullptr && frame->api != nullptr) {
-    if (frame->api->api_version.minor_version < record::kLeastApiMinor) {
-      return Refusal(frame->api, "XLA's FFI API has no record stage before version 0.4.");
-    }
-    record::RegisterArgs args = {};
-    args.struct_size = offsetof(record::RegisterArgs, traits) + sizeof(args.traits);
-    args.name = {kRecordedTarget, std::strlen(kRecordedTarget)};
-    args.platform = {"CUDA", 4};
-    args.bundle.execute = Decode24;
-    args.bundle.record = Record24;
-    args.traits = XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE;
-    XLA_FFI_Error* error = frame->api->XLA_FFI_Handler_Register(
-        reinterpret_cast<XLA_FFI_Handler_Register_Args*>(&args));
-    if (error != nullptr) return error;
-  }
-  return kNotCalled(frame);
+XLA_FFI_Error* RecordDecode24(XLA_FFI_CallFrame* frame) {
+  return record::AsExecution(kRecord24, frame);
 }
 #endif  // ESPARSE_CUBINS
 

@@ -19,11 +19,13 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(Chain24);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MaxSum32);
 
 #ifdef ESPARSE_CUBINS
-// A product that XLA records instead of tracing it. `jax.ffi` cannot register a record stage (0.11
-// takes one and drops it), so RegisterRecorded is what it registers: when XLA asks that handler who
-// it is, it registers kRecordedTarget with the API that XLA came with. Where that is older than
-// 0.4, it refuses.
+// A product that XLA records instead of tracing it.
 constexpr const char* kRecordedTarget = "esparse_decode24_recorded_v1";
+XLA_FFI_Error* RecordDecode24(XLA_FFI_CallFrame* frame);
+
+// `jax.ffi` cannot register a record stage (0.11 takes one and drops it), so RegisterRecorded is
+// what it registers: when XLA asks that handler who it is, it registers all recorded targets with
+// the API that XLA came with. Where that is older than 0.4, it refuses.
 extern "C" XLA_FFI_Error* RegisterRecorded(XLA_FFI_CallFrame* frame);
 #endif
 

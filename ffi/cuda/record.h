@@ -12,7 +12,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string>
+#include <utility>
 
+#include "status.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace esparse::cuda::record {
@@ -117,6 +120,68 @@ struct Recorder {
   const XLA_FFI_Api* ffi;
   Frame* frame;
 };
+
+// XLA's error as ours, with what was asked of it.
+inline ffi::Error TakeError(const XLA_FFI_Api* api, XLA_FFI_Error* error, const char* what) {
+  if (error == nullptr) return ffi::Error::Success();
+  std::string text = std::string(what) + ": " + ffi::internal::GetErrorMessage(api, error);
+  ffi::internal::DestroyError(api, error);
+  return ffi::Error::Internal(std::move(text));
+}
+
+// What one kernel is to XLA. The kernel's name, code and cut stay the same for as long as a graph
+// is updated.
+struct Kernel {
+  const char* name;
+  const void* cubin;
+  size_t cubin_bytes;
+  int grid, threads, shared;
+};
+
+// Adds a kernel to XLA's graph, or gives the one that is there new arguments.
+inline ffi::Error AddOrUpdate(const Recorder& recorder, const Kernel& kernel,
+                              const KernelArgList& args) {
+  const Frame& frame = *recorder.frame;
+  if (frame.action == Action::kUpdate) {
+    if (*frame.num_commands != 1) {
+      return ffi::Error::Internal("XLA updates a recorded kernel that has no single command.");
+    }
+    return TakeError(recorder.ffi,
+                     frame.api->update_launch(frame.context, frame.commands[0], &args),
+                     "XLA's update_launch");
+  }
+  if (*frame.num_commands >= frame.max_commands) {
+    return ffi::Error::Internal("XLA gives a recorded kernel no room for its command.");
+  }
+  const LaunchDims dims = {{kernel.grid, 1, 1}, {kernel.threads, 1, 1}, {0, 0, 0}};
+  const Command* command = nullptr;
+  ESPARSE_RETURN_IF_ERROR(TakeError(
+      recorder.ffi,
+      frame.api->create_launch(frame.context, kernel.name, kernel.cubin,
+                               static_cast<int64_t>(kernel.cubin_bytes), SourceFormat::kCubin, dims,
+                               kernel.shared, /*uses_pdl=*/1, &args, nullptr, 0, &command),
+      "XLA's create_launch"));
+  frame.commands[(*frame.num_commands)++] = command;
+  return ffi::Error::Success();
+}
+
+// Has XLA trace the call instead, into a graph of its own.
+inline ffi::Error RequestCapture(const Recorder& recorder) {
+  return TakeError(recorder.ffi,
+                   recorder.frame->api->request_stream_capture(recorder.frame->context),
+                   "XLA's request_stream_capture");
+}
+
+inline KernelArg Pointer(const void* address) { return {address, 0, ArgType::kDevicePointer}; }
+
+// The record stage. The headers know no such stage, so the call is passed on as one that executes;
+// what XLA asks of a handler when it registers it is passed on as it is.
+inline XLA_FFI_Error* AsExecution(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
+  if (frame->extension_start != nullptr) return handler(frame);
+  XLA_FFI_CallFrame executed = *frame;
+  executed.stage = XLA_FFI_ExecutionStage_EXECUTE;
+  return handler(&executed);
+}
 
 }  // namespace esparse::cuda::record
 

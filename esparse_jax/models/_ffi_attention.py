@@ -1,0 +1,75 @@
+"""The extension's attention of a decode step, for NVIDIA GPUs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from esparse_jax import native
+from esparse_jax.sparse import records_calls
+
+_DTYPES = ("bfloat16", "float16")
+_FEATURES = (64, 128)
+_SHARED = (1, 2, 4, 8)  # query heads to a key
+_LEAST_CAPABILITY = 9.0  # clusters of blocks
+
+
+def attend_takes(dtype: DTypeLike, heads: int, kv_heads: int, features: int) -> bool:
+    """Whether the kernel is there for such heads, and runs on this machine's GPU."""
+    shared, rest = divmod(heads, kv_heads)
+    fits = jnp.dtype(dtype).name in _DTYPES and features in _FEATURES
+    return fits and rest == 0 and shared in _SHARED and _runs()
+
+
+@functools.cache
+def _runs() -> bool:
+    if jax.default_backend() != "gpu" or not native.has_cuda():
+        return False
+    return float(jax.devices()[0].compute_capability) >= _LEAST_CAPABILITY
+
+
+def attend(
+    projected: Float[Array, "batch projected_feature"],
+    keys: Float[Array, "batch_head slot feature"],
+    values: Float[Array, "batch_head slot feature"],
+    cosines: Float[Array, "#batch pair"],
+    sines: Float[Array, "#batch pair"],
+    length: Int32[Array, ""],
+    start: Int32[Array, " batch"] | None,
+    *,
+    heads: int,
+    prefetch: bool,
+) -> tuple[Array, Array, Array]:
+    """What one token a row attends to, and the cache with its key and value; see ffi/cuda.
+
+    Args:
+        projected: Queries, keys and values side by side, not rotated.
+        keys, values: Of the cache; they are written in place where they are donated.
+        cosines, sines: Of the tokens' positions.
+        length: How many slots are filled.
+        start: The first slot of each row.
+        heads: Of the queries.
+        prefetch: The cache up to `length` was complete before the kernel before began: it may be
+            read before that has ended.
+    """
+    extension = native.extension()
+    target = extension.CUDA_RECORDED_ATTEND_TARGET if records_calls() else None
+    batch, features = projected.shape[0], keys.shape[2]
+    results = [
+        jax.ShapeDtypeStruct((batch, heads * features), projected.dtype),
+        jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+        jax.ShapeDtypeStruct(values.shape, values.dtype),
+    ]
+    more = () if start is None else (start,)
+    call = jax.ffi.ffi_call(
+        target or extension.CUDA_ATTEND_TARGET, results, input_output_aliases={1: 1, 2: 2}
+    )
+    return tuple(
+        call(
+            projected, keys, values, cosines, sines, length, *more,
+            heads=np.int32(heads), prefetch=prefetch,
+        )
+    )  # fmt: skip
