@@ -116,7 +116,13 @@ def test_infinity_and_nan_reach_the_outputs_that_keep_their_channel(dtype):
     blob, kept = device_blob24(compress24(weight)), np.asarray(weight, np.float32) != 0
     x = random_x(20, 128, dtype=dtype).at[0, 3].set(jnp.inf).at[19, 5].set(jnp.nan)
     y = np.asarray(by_library(x, blob), np.float32)
-    np.testing.assert_array_equal(np.isinf(y[0]), kept[:, 3], str(y[0]))
+    # 0.8.0 on an H200 gives NaN in place of -Inf; a later one may give what the sum is.
+    positive, negative = (np.asarray(sign * weight[:, 3] > 0) for sign in (1, -1))
+    assert positive.any()
+    assert negative.any()
+    assert np.all(y[0, positive] == np.inf), str(y[0])
+    assert np.all((y[0, negative] == -np.inf) | np.isnan(y[0, negative])), str(y[0])
+    assert np.all(np.isfinite(y[0, ~kept[:, 3]])), str(y[0])
     np.testing.assert_array_equal(np.isnan(y[19]), kept[:, 5])
     assert np.all(np.isfinite(y[1:19]))
 
