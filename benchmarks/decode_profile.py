@@ -12,7 +12,9 @@ the second. They are markdown.
   they sum up to the step.
 - `bound us`: the bytes that a part has to read, over the bandwidth of a large device copy in the
   same run; weights and head, and for what is in a layer beside its products the keys and values.
-- the products of a layer are told by their order: qkv, o, gate and up, down.
+- the products of a layer are told by their order: qkv, o, gate and up, down. Another kernel belongs
+  to a layer if its launches in a step are a multiple of the number of layers; if they are several
+  otherwise, to `some layers`. With one layer all of them are `once a step`.
 - CUDA calls: in a step, after the warm-up. `command_buffer::` are XLA's own events: `execute`
   launches a graph; `record`, `update` and `initialize` make it or make it anew.
 """
@@ -53,7 +55,9 @@ from esparse_jax.sparse._timing import copy_bandwidth
 PRODUCTS = ("qkv", "o", "gate+up", "down")
 # A layer's products where attention is two products as well.
 WITH_ATTENTION = ("qkv", "scores", "values", "o", "gate+up", "down")
-ATTENTION, ONCE, GAPS = "attention, rest of a layer", "once a step", "gaps"
+ATTENTION, SOME = "attention, rest of a layer", "some layers"
+ONCE, GAPS = "once a step", "gaps"
+PARTS = (*PRODUCTS, ATTENTION, SOME, "head", ONCE)  # in the order of the tables
 _PRODUCT = re.compile(r"gemm|gemv|nvjet|cublas|cutlass|xmma|_dot", re.IGNORECASE)
 _NO_PRODUCT = re.compile(r"reduce|memcpy|memset", re.IGNORECASE)
 _GREEDY = {"temperature": 0.0, "top_k": None, "top_p": 1.0}
@@ -95,7 +99,7 @@ class Group:
     """Kernels of one name and grid at one place of a layer; times in microseconds.
 
     Attributes:
-        part: What they are: a product, or `ATTENTION` or `ONCE`.
+        part: What they are, of `PARTS`.
         launches: A step.
         each: Mean duration.
         added, gap: A step, all of them; gaps are those before.
@@ -186,14 +190,17 @@ def grouped(placed: Sequence[Placed], steps: int, layers: int) -> tuple[list[Gro
     seen: Counter[tuple[str, str]] = Counter()
     members: dict[tuple[str, str, str, int], list[Placed]] = defaultdict(list)
     for i, (each, key) in enumerate(zip(placed, keys, strict=True)):
-        a_step, odd = divmod(numbers[key], steps)
+        a_step, odd = divmod(numbers[key], steps)  # odd: once a chunk, beside those of its steps
         place = 0
         if i in roles:
             part = roles[i] if roles[i] not in ("scores", "values") else ATTENTION
-        elif not odd and layers > 1 and a_step >= layers and a_step % layers == 0:
-            part, place = ATTENTION, seen[key] % a_step % (a_step // layers)
+        elif a_step <= 1 or layers == 1:
+            part = ONCE
+        elif a_step % layers == 0:
+            part = ATTENTION
+            place = 0 if odd else seen[key] % a_step % (a_step // layers)
         else:
-            part = ATTENTION if numbers[key] >= steps * (layers - 1) > 0 else ONCE
+            part = SOME
         seen[key] += 1
         members[(*key, part, place)].append(each)
     groups = []
@@ -230,7 +237,7 @@ def profile(
     placed = added_times(kernels)
     groups, notes = grouped(placed, steps, layers)
     _name_head(groups, bounds)
-    sums: dict[str, float] = dict.fromkeys((*PRODUCTS, ATTENTION, "head", ONCE), 0.0)
+    sums: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for group in groups:
         sums[group.part] += group.added
     parts = [
@@ -244,7 +251,7 @@ def profile(
 
 def _name_head(groups: list[Group], bounds: dict[str, float]) -> None:
     """Calls the longest that is there once a step the head, if it takes as long as one."""
-    once = [group for group in groups if group.part == ONCE and group.launches == 1]
+    once = [group for group in groups if group.part == ONCE and int(group.launches) == 1]
     if not once or any(group.part == "head" for group in groups):
         return
     longest = max(once, key=lambda group: group.added)
@@ -274,7 +281,7 @@ def part_bytes(model: Any, options: BenchOptions, dtype: str) -> dict[str, int]:
 
 def tables(found: Profile, counts: Counter[str], steps: int) -> list[str]:
     """All of it as markdown."""
-    order = {name: i for i, name in enumerate((*PRODUCTS, ATTENTION, "head", ONCE))}
+    order = {name: i for i, name in enumerate(PARTS)}
     groups = sorted(found.groups, key=lambda group: (order[group.part], -group.added))
     rows = []
     for group in groups:

@@ -1,6 +1,8 @@
 #include "cusparselt/bindings.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -26,6 +28,10 @@ template <typename T>
 T ValueOrThrow(ffi::ErrorOr<T> result) {
   if (!result.has_value()) throw std::runtime_error(result.error().message());
   return std::move(*result);
+}
+
+void ThrowIfError(const ffi::Error& error) {
+  if (error.failure()) throw std::runtime_error(error.message());
 }
 
 const char* Soname(bool on_host) { return on_host ? OnHost::kLibrary : OnCuda::kLibrary; }
@@ -63,6 +69,30 @@ SharedContext CurrentContext(bool on_host) {
   return context;
 }
 
+// The plan of a product on the GPU that is current, or the host's. Of the GPUs' the last kKeptPlans
+// that were asked for are kept: tracing asks before an executable holds the plan, and a search asks
+// for the same one until it has timed it.
+SharedPlan CurrentPlan(bool on_host, const Problem& problem, const Algorithm& algorithm) {
+  constexpr size_t kKeptPlans = 64;
+  SharedPlan plan = ValueOrThrow(Plan::Of(CurrentContext(on_host), problem, algorithm));
+  if (on_host) return plan;
+  static auto& mutex = *new std::mutex;
+  static auto& kept = *new std::list<SharedPlan>;  // the last first; never destroyed, as above
+  SharedPlan dropped;                              // destroyed after the mutex is free again
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = std::find(kept.begin(), kept.end(), plan);
+  if (found != kept.end()) {
+    kept.splice(kept.begin(), kept, found);
+    return plan;
+  }
+  kept.push_front(plan);
+  if (kept.size() > kKeptPlans) {
+    dropped = std::move(kept.back());
+    kept.pop_back();
+  }
+  return plan;
+}
+
 int HostArchitecture() { return ValueOrThrow(OnHost::Architecture(*LoadedLibrary(true))); }
 
 py::dict DescribePlan(int64_t rows, int64_t out, int64_t channels, const std::string& dtype,
@@ -71,17 +101,17 @@ py::dict DescribePlan(int64_t rows, int64_t out, int64_t channels, const std::st
   const Problem problem = {rows, out, channels, TypeNamed(dtype)};
   const Algorithm wanted = {algorithm, split_k, split_k_mode, split_k_buffers};
   Algorithm chosen;  // stays empty if the library does not tell
-  const Plan plan = [&] {
+  const SharedPlan plan = [&] {
     const py::gil_scoped_release release;
-    Plan made = ValueOrThrow(Plan::Create(CurrentContext(on_host), problem, wanted));
-    const ffi::ErrorOr<Algorithm> answer = made.Chosen();
+    SharedPlan found = CurrentPlan(on_host, problem, wanted);
+    const ffi::ErrorOr<Algorithm> answer = found->Chosen();
     if (answer.has_value()) chosen = *answer;
-    return made;
+    return found;
   }();
   py::dict facts;
-  facts["algorithms"] = plan.algorithms();
-  facts["workspace_bytes"] = plan.workspace_bytes();
-  facts["blob_bytes"] = plan.blob_bytes();
+  facts["algorithms"] = plan->algorithms();
+  facts["workspace_bytes"] = plan->workspace_bytes();
+  facts["blob_bytes"] = plan->blob_bytes();
   facts["algorithm"] = chosen.id;
   facts["split_k"] = chosen.split_k;
   facts["split_k_mode"] = chosen.split_k_mode;
@@ -105,16 +135,18 @@ double Time(int32_t device, int64_t rows, int64_t out, int64_t channels, const s
             size_t workspace_bytes, int32_t launches, int32_t replays) {
   Candidate candidate;
   candidate.problem = {rows, out, channels, TypeNamed(dtype)};
-  candidate.algorithm = {algorithm, split_k, split_k_mode, split_k_buffers};
   candidate.x = reinterpret_cast<const void*>(x);
   candidate.blobs = reinterpret_cast<const void*>(blobs);
   candidate.copies = copies;
   candidate.y = reinterpret_cast<void*>(y);
   candidate.workspace = reinterpret_cast<void*>(workspace);
   candidate.workspace_bytes = workspace_bytes;
+  const Algorithm wanted = {algorithm, split_k, split_k_mode, split_k_buffers};
   const py::gil_scoped_release release;
-  return ValueOrThrow(
-      TimeCandidate(LoadedLibrary(/*on_host=*/false), device, candidate, launches, replays));
+  CurrentDevice current;
+  ThrowIfError(current.Set(device));
+  const SharedPlan plan = CurrentPlan(/*on_host=*/false, candidate.problem, wanted);
+  return ValueOrThrow(TimeCandidate(*plan, candidate, launches, replays));
 }
 #endif
 

@@ -19,38 +19,42 @@
 namespace esparse::cusparselt {
 namespace {
 
-// One T for each GPU an executable runs on, made when that GPU first initializes: what it holds of
-// the library belongs to one GPU. XLA runs GPUs on threads of their own, and may run one executable
-// from several, so the table has a mutex; what is in it is used by any thread.
+// One T for each GPU an executable runs on, held from when that GPU first initializes: what it has
+// of the library belongs to one GPU. XLA runs GPUs on threads of their own, and may run one
+// executable from several, so the table has a mutex; what is in it is used by any thread.
 template <typename T>
 class PerDevice {
  public:
-  // Makes the GPU's T by `make` unless it is there.
+  // Asks `make` for the GPU's T, a std::shared_ptr, unless it is there. GPUs do not wait for each
+  // other; of two threads that prepare the same one the first to be done leaves its T.
   template <typename Make>
   ffi::Error Prepare(int32_t device, Make make) {
+    if (Find(device) != nullptr) return ffi::Error::Success();
+    ESPARSE_ASSIGN_OR_RETURN(made, make());
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::unique_ptr<const T>& entry = entries_[device];
-    if (entry == nullptr) {
-      ESPARSE_ASSIGN_OR_RETURN(made, make());
-      entry = std::make_unique<const T>(std::move(made));
-    }
+    entries_.emplace(device, std::move(made));
     return ffi::Error::Success();
   }
 
-  // The GPU's T, or an error: only initialize makes one.
+  // The GPU's T, or an error: only initialize brings one.
   ffi::ErrorOr<const T*> Get(int32_t device) const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = entries_.find(device);
-    if (found == entries_.end() || found->second == nullptr) {
+    const T* found = Find(device);
+    if (found == nullptr) {
       return Failure{ffi::Error::Internal("cuSPARSELt was not initialized on GPU " +
                                           std::to_string(device) + ".")};
     }
-    return found->second.get();
+    return found;
   }
 
  private:
+  const T* Find(int32_t device) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = entries_.find(device);
+    return found == entries_.end() ? nullptr : found->second.get();
+  }
+
   mutable std::mutex mutex_;
-  std::map<int32_t, std::unique_ptr<const T>> entries_;
+  std::map<int32_t, std::shared_ptr<const T>> entries_;
 };
 
 // The state of one call to Matmul in an executable.
@@ -164,9 +168,9 @@ ffi::ErrorOr<std::unique_ptr<MatmulState<Platform>>> InstantiateMatmul(
 }
 
 template <typename Platform>
-ffi::ErrorOr<Plan> MakePlan(const MatmulState<Platform>& state, const ffi::AnyBuffer& x,
-                            const ffi::AnyBuffer& blob, const ffi::AnyBuffer& y,
-                            const ffi::AnyBuffer& workspace) {
+ffi::ErrorOr<SharedPlan> PlanOf(const MatmulState<Platform>& state, const ffi::AnyBuffer& x,
+                                const ffi::AnyBuffer& blob, const ffi::AnyBuffer& y,
+                                const ffi::AnyBuffer& workspace) {
   ESPARSE_RETURN_IF_ERROR(CheckMatrix("x", x));
   ESPARSE_RETURN_IF_ERROR(CheckMatrix("y", y));
   ESPARSE_RETURN_IF_ERROR(CheckBytes("blob", blob));
@@ -179,15 +183,15 @@ ffi::ErrorOr<Plan> MakePlan(const MatmulState<Platform>& state, const ffi::AnyBu
   ESPARSE_RETURN_IF_ERROR(CheckReader<Platform>(*state.library, state.readers));
   ESPARSE_ASSIGN_OR_RETURN(current, Platform::Device());
   ESPARSE_ASSIGN_OR_RETURN(context, Context::On(state.library, current));
-  ESPARSE_ASSIGN_OR_RETURN(plan, Plan::Create(context, problem, state.algorithm));
-  if (blob.element_count() != plan.blob_bytes()) {
+  ESPARSE_ASSIGN_OR_RETURN(plan, Plan::Of(context, problem, state.algorithm));
+  if (blob.element_count() != plan->blob_bytes()) {
     return Failure{InvalidArgument("a 2:4 weight of ", problem.out, " outputs and ",
-                                   problem.channels, " channels is a blob U8[", plan.blob_bytes(),
+                                   problem.channels, " channels is a blob U8[", plan->blob_bytes(),
                                    "] on this GPU; got ", Describe(blob),
                                    ". Make it with esparse_jax.sparse.device_blob24.")};
   }
-  ESPARSE_RETURN_IF_ERROR(CheckWorkspace(workspace, plan.workspace_bytes(), TextOf(problem)));
-  return ffi::ErrorOr<Plan>(std::move(plan));
+  ESPARSE_RETURN_IF_ERROR(CheckWorkspace(workspace, plan->workspace_bytes(), TextOf(problem)));
+  return plan;
 }
 
 template <typename Platform>
@@ -196,7 +200,7 @@ ffi::Error InitializeMatmul(MatmulState<Platform>* state, int32_t device, ffi::A
                             ffi::Result<ffi::AnyBuffer> workspace) {
   return WithoutExceptions([&]() -> ffi::Error {
     // Shapes do not change between the runs of an executable.
-    return state->plans.Prepare(device, [&] { return MakePlan(*state, x, blob, *y, *workspace); });
+    return state->plans.Prepare(device, [&] { return PlanOf(*state, x, blob, *y, *workspace); });
   });
 }
 
@@ -234,9 +238,9 @@ ffi::ErrorOr<std::unique_ptr<CompressState<Platform>>> InstantiateCompress() {
 }
 
 template <typename Platform>
-ffi::ErrorOr<Compression> MakeCompression(const CompressState<Platform>& state,
-                                          const ffi::AnyBuffer& weight, const ffi::AnyBuffer& blob,
-                                          const ffi::AnyBuffer& workspace) {
+ffi::ErrorOr<std::shared_ptr<const Compression>> MakeCompression(
+    const CompressState<Platform>& state, const ffi::AnyBuffer& weight, const ffi::AnyBuffer& blob,
+    const ffi::AnyBuffer& workspace) {
   ESPARSE_RETURN_IF_ERROR(CheckMatrix("weight", weight));
   ESPARSE_RETURN_IF_ERROR(CheckBytes("blob", blob));
   ESPARSE_ASSIGN_OR_RETURN(type, TypeOf(weight, "weight"));
@@ -251,7 +255,7 @@ ffi::ErrorOr<Compression> MakeCompression(const CompressState<Platform>& state,
   }
   ESPARSE_RETURN_IF_ERROR(CheckWorkspace(workspace, compression.workspace_bytes(),
                                          "the compression of " + Describe(weight)));
-  return ffi::ErrorOr<Compression>(std::move(compression));
+  return std::make_shared<const Compression>(std::move(compression));
 }
 
 template <typename Platform>

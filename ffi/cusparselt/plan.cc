@@ -1,6 +1,10 @@
 #include "cusparselt/plan.h"
 
+#include <iterator>
+#include <map>
+#include <mutex>
 #include <sstream>
+#include <tuple>
 #include <utility>
 
 namespace esparse::cusparselt {
@@ -25,6 +29,37 @@ ffi::Error Explain(const ffi::Error& error, const std::string& what) {
   return ffi::Error(error.errc().value_or(ffi::ErrorCode::kInternal), error.message() + " " + what);
 }
 
+// A context by its address: what is alive of its plans holds it, so no other has come there.
+using Key =
+    std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, int32_t, int32_t, int32_t, int32_t>;
+
+// A product that was asked for. Its mutex is held while its plan is made, the table's is not.
+struct Entry {
+  std::mutex mutex;
+  std::weak_ptr<const Plan> plan;
+
+  bool Expired() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return plan.expired();
+  }
+};
+
+// The entry of a product; a new one takes the place of those whose plans are gone.
+std::shared_ptr<Entry> EntryOf(const Key& key) {
+  // Never destroyed, so that threads may end after the process has begun to.
+  static auto& mutex = *new std::mutex;
+  static auto& entries = *new std::map<Key, std::shared_ptr<Entry>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = entries.find(key);
+  if (found != entries.end()) return found->second;
+  for (auto each = entries.begin(); each != entries.end();) {
+    // Who uses an entry has it from here, so with a count of one nobody does, nor will.
+    const bool gone = each->second.use_count() == 1 && each->second->Expired();
+    each = gone ? entries.erase(each) : std::next(each);
+  }
+  return entries[key] = std::make_shared<Entry>();
+}
+
 }  // namespace
 
 std::string TextOf(const Problem& problem) {
@@ -33,6 +68,22 @@ std::string TextOf(const Problem& problem) {
        << problem.channels << "] * W[" << problem.out << ", " << problem.channels << "]^T in "
        << (problem.type == kTypeFloat16 ? "float16" : "bfloat16");
   return text.str();
+}
+
+ffi::ErrorOr<SharedPlan> Plan::Of(SharedContext context, const Problem& problem,
+                                  const Algorithm& algorithm) {
+  const std::shared_ptr<Entry> entry =
+      EntryOf({reinterpret_cast<uintptr_t>(context.get()), problem.rows, problem.out,
+               problem.channels, problem.type, algorithm.id, algorithm.split_k,
+               algorithm.split_k_mode, algorithm.split_k_buffers});
+  const std::lock_guard<std::mutex> lock(entry->mutex);
+  SharedPlan plan = entry->plan.lock();
+  if (plan == nullptr) {
+    ESPARSE_ASSIGN_OR_RETURN(made, Create(std::move(context), problem, algorithm));
+    plan = std::make_shared<const Plan>(std::move(made));
+    entry->plan = plan;
+  }
+  return plan;
 }
 
 ffi::ErrorOr<Plan> Plan::Create(SharedContext context, const Problem& problem,

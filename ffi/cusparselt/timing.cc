@@ -6,27 +6,9 @@
 
 #include "cuda/errors.h"
 #include "cuda/timing.h"
-#include "cusparselt/context.h"
-#include "cusparselt/platform.h"
 
 namespace esparse::cusparselt {
 namespace {
-
-// Makes a GPU current, and the one before again at the end.
-class CurrentDevice {
- public:
-  ~CurrentDevice() {
-    if (before_ >= 0) cudaSetDevice(before_);
-  }
-  ffi::Error Set(int32_t device) {
-    ESPARSE_CUDA_CALL(cudaGetDevice, &before_);
-    ESPARSE_CUDA_CALL(cudaSetDevice, device);
-    return ffi::Error::Success();
-  }
-
- private:
-  int before_ = -1;
-};
 
 ffi::Error Check(const Candidate& candidate, const Plan& plan, int32_t launches, int32_t replays) {
   if (launches < candidate.copies || replays < 1 || candidate.copies < 1) {
@@ -69,13 +51,18 @@ ffi::Error Check(const Candidate& candidate, const Plan& plan, int32_t launches,
 
 }  // namespace
 
-ffi::ErrorOr<double> TimeCandidate(SharedLibrary library, int32_t device,
-                                   const Candidate& candidate, int32_t launches, int32_t replays) {
-  CurrentDevice current;
-  ESPARSE_RETURN_IF_ERROR(current.Set(device));
-  ESPARSE_ASSIGN_OR_RETURN(number, OnCuda::Device());
-  ESPARSE_ASSIGN_OR_RETURN(context, Context::On(std::move(library), number));
-  ESPARSE_ASSIGN_OR_RETURN(plan, Plan::Create(context, candidate.problem, candidate.algorithm));
+CurrentDevice::~CurrentDevice() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+ffi::Error CurrentDevice::Set(int32_t device) {
+  ESPARSE_CUDA_CALL(cudaGetDevice, &before_);
+  ESPARSE_CUDA_CALL(cudaSetDevice, device);
+  return ffi::Error::Success();
+}
+
+ffi::ErrorOr<double> TimeCandidate(const Plan& plan, const Candidate& candidate, int32_t launches,
+                                   int32_t replays) {
   ESPARSE_RETURN_IF_ERROR(Check(candidate, plan, launches, replays));
 
   const auto launch = [&](int64_t i, cudaStream_t stream) {

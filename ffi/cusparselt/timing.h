@@ -16,10 +16,19 @@ namespace esparse::cusparselt {
 // cache.
 constexpr int64_t kLeastBytes = 300'000'000;
 
+// Makes a GPU current, and the one before again at the end.
+class CurrentDevice {
+ public:
+  ~CurrentDevice();
+  ffi::Error Set(int32_t device);
+
+ private:
+  int before_ = -1;
+};
+
 // Memory on the GPU, all of it aligned to kAlignment bytes.
 struct Candidate {
-  Problem problem;
-  Algorithm algorithm;
+  Problem problem;  // the plan's
   const void* x;
   const void* blobs;  // `copies` of them, back to back
   int64_t copies;
@@ -28,11 +37,11 @@ struct Candidate {
   size_t workspace_bytes;
 };
 
-// Median time of a launch, in microseconds: `launches` of them, which take the copies in turn, are
-// captured in a CUDA graph on a stream of their own, and the graph is replayed `replays` times
-// after two more. Waits for the GPU.
-ffi::ErrorOr<double> TimeCandidate(SharedLibrary library, int32_t device,
-                                   const Candidate& candidate, int32_t launches, int32_t replays);
+// Median time of a launch on the plan's GPU, which is current, in microseconds: `launches` of them,
+// which take the copies in turn, are captured in a CUDA graph on a stream of their own, and the
+// graph is replayed `replays` times after two more. Waits for the GPU.
+ffi::ErrorOr<double> TimeCandidate(const Plan& plan, const Candidate& candidate, int32_t launches,
+                                   int32_t replays);
 
 }  // namespace esparse::cusparselt
 

@@ -106,6 +106,64 @@ def test_dense_products_are_told_by_their_number(modules, attention, head):
     assert parts[decode_profile.ATTENTION] == (9 if attention else 3)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 8])
+@pytest.mark.parametrize("a_chunk", [0, 1], ids=["steps", "chunk"])
+def test_what_is_once_a_step_belongs_to_no_layer(modules, layers, a_chunk):
+    """The head least of all, which is a product; `a_chunk` of each is where 16 steps begin."""
+    decode_profile, kernel_trace = modules
+    step = [("wrapped_gather", 1, 2)]
+    for _ in range(layers):
+        step += [(f"{STEM}1", 96, 10), ("attention", 32, 5), ("add", 4, 1), ("add", 4, 2)]
+        step += [(f"{STEM}1", 96, 4), (f"{STEM}2", 132, 20), (f"{STEM}1", 96, 11)]
+    step += [("gemm_fusion_dot_500", 500, 100), ("argmax", 1, 3)]
+    # The same kernels once more where a chunk begins: 1.0625 of each in a step.
+    first = [
+        ("wrapped_gather", 1, 2),
+        ("gemm_fusion_dot_500", 500, 100),
+        ("argmax", 1, 3),
+    ] * a_chunk
+    steps = 16
+    kernels = run(kernel_trace, [first + step, *[step] * (steps - 1)])
+    found = decode_profile.profile(kernels, steps, layers, {"head": 98.0})
+    parts = {part.name: part.added for part in found.parts}
+    often = 1 + a_chunk / steps
+    assert parts["head"] == pytest.approx(100 * often)
+    of_one_layer = 8 if layers == 1 else 0  # what cannot be told from the rest of the step
+    assert parts.get(decode_profile.ATTENTION, 0) == (0 if of_one_layer else 8 * layers)
+    assert parts[decode_profile.ONCE] == pytest.approx(5 * often + of_one_layer)
+    assert decode_profile.SOME not in parts
+    (head,) = (group for group in found.groups if group.part == "head")
+    assert (head.name, head.grid, head.launches) == ("gemm_fusion_dot", "500", often)
+    said = ["Not the same number in every step: argmax, gemm_fusion_dot, wrapped_gather."]
+    assert found.notes == said * a_chunk
+    assert sum(parts.values()) == pytest.approx(found.wall)
+
+
+@pytest.mark.parametrize(
+    ("a_step", "part"),
+    [(1, "ONCE"), (2, "SOME"), (3, "SOME"), (4, "ATTENTION"), (7, "SOME"), (8, "ATTENTION")],
+)
+@pytest.mark.parametrize("a_chunk", [0, 1])
+def test_a_kernel_of_all_layers_is_there_a_multiple_of_times(modules, a_step, part, a_chunk):
+    decode_profile, kernel_trace = modules
+    layers, steps = 4, 16
+    products = [(f"{STEM}1", 96, 10)] * 4 * layers
+    kernels = run(
+        kernel_trace,
+        [
+            [("norm", 1, 1)] * (a_step + (a_chunk if number == 0 else 0)) + products
+            for number in range(steps)
+        ],
+    )
+    found = decode_profile.profile(kernels, steps, layers, {})
+    (name,) = {group.part for group in found.groups if group.name == "norm"}
+    assert name == getattr(decode_profile, part)
+    parts = {part.name: part.added for part in found.parts}
+    assert parts[name] == pytest.approx(a_step + a_chunk / steps)
+    lines = decode_profile.tables(found, Counter(), steps)
+    assert any(line.startswith(f"| {name} | `norm` | 1 | ") for line in lines)
+
+
 def test_other_numbers_are_said(modules):
     decode_profile, kernel_trace = modules
     step = [(f"{STEM}1", 96, 10)] * 5

@@ -4,6 +4,7 @@ import gc
 import re
 import subprocess
 import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,9 +101,8 @@ def test_an_executable_has_one_plan_and_takes_it_along(fake):
     assert fake.calls("MatmulPlanDestroy") == 1
 
 
-def test_a_loop_has_one_plan_and_two_calls_have_two(fake):
-    weight = weight24((64, 64), "float16")
-    product = _product(weight)
+def test_loops_and_calls_of_one_product_have_one_plan(fake):
+    product, another = (_product(weight24((64, 64), "float16", seed)) for seed in (0, 1))
     x = random_x(8, 64)
 
     @jax.jit
@@ -114,11 +114,107 @@ def test_a_loop_has_one_plan_and_two_calls_have_two(fake):
 
     @jax.jit
     def chain(x):
-        return product(product(x))
+        return product(another(product(x)))
 
     chain(x).block_until_ready()
-    assert (fake.calls("Matmul"), fake.calls("MatmulPlanInit")) == (7, 3)
+    assert (fake.calls("Matmul"), fake.calls("MatmulPlanInit")) == (8, 1)
+    assert fake.alive() == ONE_PRODUCT
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"rows": 16},
+        {"shape": (128, 64)},
+        {"shape": (64, 128)},
+        {"dtype": "bfloat16"},
+        {"algorithm": Algorithm(id=2, workspace_bytes=0)},
+        {"algorithm": Algorithm(id=1, split_k=-1, workspace_bytes=0)},
+        {"algorithm": Algorithm(id=1, split_k_mode=SplitKMode.TWO_KERNELS, workspace_bytes=0)},
+    ],
+    ids=lambda other: "-".join(f"{name}={value}" for name, value in other.items())[:40],
+)
+def test_other_products_and_algorithms_have_plans_of_their_own(fake, other):
+    first = {
+        "rows": 8,
+        "shape": (64, 64),
+        "dtype": "float16",
+        "algorithm": Algorithm(id=1, workspace_bytes=0),
+    }
+    held = []
+    for each in (first, first | other, first):
+        weight = weight24(each["shape"], each["dtype"])
+        product = _product(weight, each["algorithm"])
+        x = random_x(each["rows"], each["shape"][1], dtype=each["dtype"])
+        assert_product(product(x), x, weight)
+        held.append(product)
+    assert fake.calls("MatmulPlanInit") == fake.alive()["plan"] == 2
     assert fake.calls("Init") == fake.alive()["handle"] == 1  # which all plans share
+
+
+def test_split_k_buffers_tell_plans_apart(fake):
+    fake.set("architecture", 80)
+    held = []
+    for buffers in (1, 2, 1):
+        algorithm = Algorithm(id=1, split_k=4, split_k_buffers=buffers, workspace_bytes=8192)
+        product = _product(
+            weight24((64, 64), "float16"), algorithm, (_ffi_cusparselt.reader(800, 80),)
+        )
+        product(random_x(8, 64)).block_until_ready()
+        assert fake.last("split_k_buffers") == buffers
+        held.append(product)
+    assert fake.calls("MatmulPlanInit") == fake.alive()["plan"] == 2
+
+
+def test_executables_share_a_plan_which_goes_with_the_last(fake):
+    weights = [weight24((64, 128), "float16", seed) for seed in (0, 1)]
+    x = random_x(8, 128)
+    first, second = (_product(weight).lower(x).compile() for weight in weights)
+    assert_product(first(x), x, weights[0])
+    assert_product(second(x), x, weights[1])
+    assert fake.calls("MatmulPlanInit") == 1
+    assert fake.alive() == ONE_PRODUCT
+    del first
+    gc.collect()
+    assert fake.alive() == ONE_PRODUCT
+    assert_product(second(x), x, weights[1])
+    del second
+    gc.collect()
+    assert fake.alive() == NONE_ALIVE
+    third = _product(weights[0]).lower(x).compile()  # what is gone is made anew
+    assert_product(third(x), x, weights[0])
+    assert fake.calls("MatmulPlanInit") == 2
+    assert fake.alive() == ONE_PRODUCT
+
+
+def test_a_question_takes_the_plan_that_is_there(fake):
+    fake.set("workspace", 77)
+    question = {"rows": 8, "out": 64, "channels": 128, "dtype": np.dtype("float16")}
+    assert _ffi_cusparselt.describe_plan(**question).workspace_bytes == 77
+    assert fake.alive() == NONE_ALIVE  # on the host a question leaves nothing behind
+    product = _product(weight24((64, 128), "float16"), Algorithm(workspace_bytes=77))
+    product(random_x(8, 128)).block_until_ready()
+    assert fake.calls("MatmulPlanInit") == 2
+    facts = _ffi_cusparselt.describe_plan(**question)
+    assert (facts.workspace_bytes, facts.chosen.id) == (77, 2)
+    assert fake.calls("MatmulPlanInit") == 2
+    assert fake.alive() == ONE_PRODUCT
+
+
+def test_a_plan_that_failed_is_not_kept_for_others(fake):
+    weight, x = weight24((64, 64), "float16"), random_x(8, 64)
+    first, second = (_product(weight).lower(x).compile() for _ in range(2))
+    fake.fail("MatmulPlanInit")
+    for _ in range(2):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="cusparseLtMatmulPlanInit"):
+            first(x).block_until_ready()
+        assert fake.alive() == NONE_ALIVE
+    assert fake.calls("MatmulPlanInit") == 2
+    fake.fail("")
+    assert_product(second(x), x, weight)
+    assert_product(first(x), x, weight)
+    assert fake.calls("MatmulPlanInit") == 3
+    assert fake.alive() == ONE_PRODUCT
 
 
 def test_the_workspace_is_asked_for_once_per_product(fake):
@@ -298,6 +394,50 @@ def test_threads_make_one_plan_and_take_turns_with_it(fake):
     assert fake.calls("Matmul of a plan in use") == 0
     assert fake.calls("MatmulPlanInit") == 1
     assert fake.alive() == ONE_PRODUCT
+
+
+def _together(calls: list) -> list:
+    """What the calls return or raise, each from a thread of its own, all started at once."""
+    barrier = threading.Barrier(len(calls))
+
+    def one(call):
+        barrier.wait(timeout=60)
+        try:
+            return call()
+        except jax.errors.JaxRuntimeError as error:
+            return error
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(one, calls))
+
+
+def test_threads_with_executables_of_their_own_make_one_plan(fake):
+    fake.set("plan_milliseconds", 50)  # the others come while one makes it
+    weights = [weight24((192, 192), "float16", seed) for seed in range(6)]
+    x = random_x(64, 192)
+    compiled = [_product(weight).lower(x).compile() for weight in weights]
+    for _ in range(3):
+        results = _together([lambda each=each: np.asarray(each(x)) for each in compiled])
+        for y, weight in zip(results, weights, strict=True):
+            assert_product(y, x, weight)
+    assert fake.calls("MatmulPlanInit") == 1
+    assert fake.calls("Matmul of a plan in use") == 0
+    assert fake.alive() == ONE_PRODUCT
+
+
+def test_threads_do_not_share_the_failure_of_one(fake):
+    fake.set("plan_milliseconds", 20)
+    weight, x = weight24((64, 64), "float16"), random_x(8, 64)
+    compiled = [_product(weight).lower(x).compile() for _ in range(4)]
+    fake.fail("MatmulPlanInit")
+    results = _together([lambda each=each: np.asarray(each(x)) for each in compiled])
+    assert all("cusparseLtMatmulPlanInit" in str(error) for error in results)
+    assert fake.calls("MatmulPlanInit") == 4
+    assert fake.alive() == NONE_ALIVE
+    fake.fail("")
+    for y in _together([lambda each=each: np.asarray(each(x)) for each in compiled]):
+        assert_product(y, x, weight)
+    assert fake.calls("MatmulPlanInit") == 5
 
 
 F16, U8, F32 = jnp.float16, jnp.uint8, jnp.float32
@@ -523,8 +663,11 @@ def test_a_computation_without_its_library_says_what_to_call():
     assert re.search(message, run(program))
 
 
-def test_devices_have_plans_of_their_own_and_loops_carry_what_varies(stand_in):
-    """On two CPU devices, which a process must ask for before it has any."""
+def test_devices_compute_each_its_part_and_loops_carry_what_varies(stand_in):
+    """On two CPU devices, which a process must ask for before it has any.
+
+    To the library they are one, the host, with one context and plan.
+    """
     program = """
         import gc, sys
         from pathlib import Path
@@ -565,7 +708,7 @@ def test_devices_have_plans_of_their_own_and_loops_carry_what_varies(stand_in):
                     want = np.concatenate([np.asarray(x @ w.T, np.float32) for w in weights], 1)
                     np.testing.assert_allclose(y, times * want, rtol=2e-2, atol=2e-2)
                     if function is product:
-                        assert (fake.alive()["handle"], fake.alive()["plan"]) == (1, 2)
+                        assert fake.alive()["handle"] == fake.alive()["plan"] == 1
                         assert fake.calls("Matmul") == 2
                         del y
             assert set(fake.alive().values()) == {0}

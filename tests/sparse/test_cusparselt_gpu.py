@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -115,7 +116,13 @@ def test_infinity_and_nan_reach_the_outputs_that_keep_their_channel(dtype):
     blob, kept = device_blob24(compress24(weight)), np.asarray(weight, np.float32) != 0
     x = random_x(20, 128, dtype=dtype).at[0, 3].set(jnp.inf).at[19, 5].set(jnp.nan)
     y = np.asarray(by_library(x, blob), np.float32)
-    np.testing.assert_array_equal(np.isinf(y[0]), kept[:, 3], str(y[0]))
+    # 0.8.0 on an H200 gives NaN in place of -Inf; a later one may give what the sum is.
+    positive, negative = (np.asarray(sign * weight[:, 3] > 0) for sign in (1, -1))
+    assert positive.any()
+    assert negative.any()
+    assert np.all(y[0, positive] == np.inf), str(y[0])
+    assert np.all((y[0, negative] == -np.inf) | np.isnan(y[0, negative])), str(y[0])
+    assert np.all(np.isfinite(y[0, ~kept[:, 3]])), str(y[0])
     np.testing.assert_array_equal(np.isnan(y[19]), kept[:, 5])
     assert np.all(np.isfinite(y[1:19]))
 
@@ -294,7 +301,41 @@ def test_every_device_has_a_plan_of_its_own():
         np.testing.assert_array_equal(run(x, stacked), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_that_share_a_plan_do_not_disturb_each_other(dtype):
+    weights = [_two_kept((1024, 512), dtype, seed) for seed in range(8)]
+    blobs = [device_blob24(compress24(weight)) for weight in weights]
+    x = random_x(40, 512, dtype=dtype)
+
+    @jax.jit
+    def independent(x, blobs):  # which XLA may start all at once
+        return [by_library(x, blob) for blob in blobs]
+
+    for _ in range(5):
+        for y, weight in zip(independent(x, blobs), weights, strict=True):
+            assert_product(y, x, weight)
+    alone = [jax.jit(lambda x, blob=blob: by_library(x, blob)) for blob in blobs]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(5):
+            for y, weight in zip(threads.map(lambda run: run(x), alone), weights, strict=True):
+                assert_product(y, x, weight)
+
+
 # ---- for the search of the best
+
+
+def test_a_question_that_was_asked_before_makes_no_plan():
+    product = {"rows": 24, "out": 1936, "channels": 1552, "dtype": np.dtype("float16")}
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        _ffi_cusparselt.describe_plan(**product)
+        return time.perf_counter() - start
+
+    seconds()  # makes the context
+    product["rows"] = 32
+    first = seconds()
+    assert min(seconds() for _ in range(3)) < first / 5
 
 
 def test_a_plan_is_described_and_an_unknown_algorithm_refused():
@@ -320,15 +361,15 @@ def test_an_algorithm_is_timed(dtype):
     copies = math.ceil(300e6 / blob.nbytes)
     blobs = jnp.tile(blob[None], (copies, 1))
     before = np.asarray(blobs[0])
-    time = functools.partial(
+    measure = functools.partial(
         _ffi_cusparselt.time_candidate, x, out=shape[0], algorithm=Algorithm(id=0)
     )
-    microseconds = time(blobs)
+    microseconds = measure(blobs)
     # No faster than the weight can be read by any GPU of today, and no slower than a plain loop.
     assert blob.nbytes / 20e6 < microseconds < 1000
     np.testing.assert_array_equal(blobs[0], before)
     with pytest.raises(RuntimeError, match=f"give at least {copies} copies"):
-        time(blobs[: copies - 1])
+        measure(blobs[: copies - 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

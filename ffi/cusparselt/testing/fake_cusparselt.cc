@@ -12,12 +12,14 @@
 // FAKE_VERSION=701 makes it an older one, FAKE_WITHOUT_COMPRESS one that lacks a function.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -80,7 +82,8 @@ World& TheWorld() {
 int64_t Setting(const World& world, const std::string& name) {
   static const std::map<std::string, int64_t> kDefaults = {
       {"architecture", 90},       {"algorithms", 8}, {"workspace", 0},
-      {"compress_workspace", 48}, {"scrambled", 0},  {"default_algorithm", 2}};
+      {"compress_workspace", 48}, {"scrambled", 0},  {"default_algorithm", 2},
+      {"plan_milliseconds", 0}};
   const auto found = world.settings.find(name);
   return found != world.settings.end() ? found->second : kDefaults.at(name);
 }
@@ -394,6 +397,13 @@ FAKE_EXPORT Status cusparseLtMatmulAlgGetAttribute(const HandleData* handle,
 FAKE_EXPORT Status cusparseLtMatmulPlanInit(const HandleData* handle, PlanData* plan,
                                             const MatmulData* matmul,
                                             const SelectionData* selection) {
+  int64_t milliseconds;
+  {
+    World& world = TheWorld();
+    const std::lock_guard<std::mutex> lock(world.mutex);
+    milliseconds = Setting(world, "plan_milliseconds");
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
   FAKE_ENTER("MatmulPlanInit");
   FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
   FAKE_REQUIRE(world.matmuls.count(matmul) && world.selections.count(selection), kInvalidValue);
@@ -534,7 +544,8 @@ FAKE_EXPORT int64_t esparse_fake_last(const char* name) {
 }
 
 // "architecture", "algorithms" (their number), "default_algorithm", "workspace" (bytes every
-// product needs), "compress_workspace", "scrambled" (1: another layout of the metadata).
+// product needs), "compress_workspace", "scrambled" (1: another layout of the metadata),
+// "plan_milliseconds" (what a plan takes to make).
 FAKE_EXPORT void esparse_fake_set(const char* name, int64_t value) {
   World& world = TheWorld();
   const std::lock_guard<std::mutex> lock(world.mutex);
