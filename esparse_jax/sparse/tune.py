@@ -423,7 +423,12 @@ class _Search:
         """Microseconds, or None where the candidate has none; why is noted, if it ran."""
         if not thorough:
             self._count(rows)
-        if candidate in self._failed or self._given_up(candidate):
+        if candidate in self._failed:
+            return None
+        if self._given_up(candidate):
+            if self._restarts[candidate.family] > self._limits.restarts:
+                # For those shapes as well that come after this one.
+                self._failed[candidate] = _reason(rows, "not tried, since others like it failed")
             return None
         try:
             answer = self._running().ask(
