@@ -520,6 +520,10 @@ class Tune:
     """auto: the model's own, if it has 16 bits, else float16."""
     rows: tuple[int, ...] = BUCKETS
     """Numbers of rows (tokens at once), some of the default."""
+    algorithms: tuple[int, ...] | None = None
+    """Only these of cuSPARSELt's algorithms, by number; all that it has if not given."""
+    splits: bool = True
+    """Try each of them with the sum over channels split as well."""
     again: bool = False
     """Also measure what the table has already."""
     json: Path | None = None
@@ -560,6 +564,8 @@ class Tune:
                         shape,
                         dtype=dtype,
                         rows=self.rows,
+                        algorithms=self.algorithms,
+                        splits=self.splits,
                         known=known,
                         limits=Limits(candidate=self.seconds),
                         progress=lambda step, update=update: update(step.done, step.total),

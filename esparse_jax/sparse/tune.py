@@ -163,6 +163,8 @@ def tune_shape(
     *,
     dtype: Any = "float16",
     rows: Iterable[int] = BUCKETS,
+    algorithms: Iterable[int] | None = None,
+    splits: bool = True,
     known: Callable[[Machine], TuningTable | None] | None = None,
     limits: Limits | None = None,
     progress: Callable[[TuneProgress], None] | None = None,
@@ -178,6 +180,8 @@ def tune_shape(
         shape: `(out, channel)` of the weight, multiples of 64 (of 16: by cuSPARSELt alone).
         dtype: float16 or bfloat16.
         rows: Which of `BUCKETS`.
+        algorithms: Only these of cuSPARSELt, where it has them; None for all.
+        splits: Whether each is tried with the sum over channels split as well.
         known: Called when the child has said what the machine is. Numbers of rows that the table it
             returns has for this shape are left out, and so are algorithms of cuSPARSELt that failed
             for any shape in it.
@@ -201,6 +205,7 @@ def tune_shape(
     Paper silent: what is searched and how it is timed.
     """
     rows, dtype = sorted(set(rows)), np.dtype(dtype)
+    asked = None if algorithms is None else set(algorithms)
     wrong = [each for each in rows if each not in BUCKETS]
     if wrong or not rows:
         raise ValueError(
@@ -210,7 +215,7 @@ def tune_shape(
     refused = why_not_tuned(shape, dtype)
     if refused is not None:
         raise ValueError(f"a weight of this shape and dtype is not tuned: {refused}.")
-    search = _Search(shape, dtype.name, rows, limits or Limits(), progress, worker)
+    search = _Search(shape, dtype.name, rows, asked, splits, limits or Limits(), progress, worker)
     with contextlib.closing(search):
         return search.run(known, on_record)
 
@@ -254,11 +259,14 @@ class _Search:
         shape: tuple[int, int],
         dtype: str,
         rows: list[int],
+        asked: set[int] | None,
+        splits: bool,
         limits: Limits,
         progress: Callable[[TuneProgress], None] | None,
         worker: Sequence[str],
     ):
         self._shape, self._dtype, self._rows = shape, dtype, rows
+        self._asked, self._splits = asked, splits
         self._limits, self._progress, self._worker = limits, progress, worker
         self._child: _Child | None = None
         self._facts: dict[str, Any] = {}
@@ -336,7 +344,12 @@ class _Search:
     def _algorithms(self) -> list[Candidate]:
         facts = self._facts
         found = library_algorithms(facts["algorithms"], facts["capability"], self._shape[0])
-        return [Candidate("cusparselt", algorithm=algorithm) for algorithm in found]
+        return [
+            Candidate("cusparselt", algorithm=algorithm)
+            for algorithm in found
+            if (self._asked is None or algorithm.id in self._asked)
+            and (self._splits or algorithm == Algorithm(id=algorithm.id))
+        ]
 
     def _all_candidates(self) -> Iterable[Candidate]:
         for rows in self._rows:

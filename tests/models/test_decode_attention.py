@@ -4,6 +4,7 @@ and on an NVIDIA GPU the kernel itself."""
 import ctypes
 import dataclasses
 import functools
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,10 +61,14 @@ def _check(got, written, want, wanted, length, rounding):
     assert error < 2 * rounding * np.linalg.norm(np.asarray(want, np.float64))
     for mine, theirs in zip(written, (wanted.keys, wanted.values), strict=True):
         filled = min(length + 1, mine.shape[1])
-        np.testing.assert_array_equal(
-            np.asarray(mine[:, :filled], np.float32), np.asarray(theirs[:, :filled], np.float32)
-        )
-        assert np.all(np.isnan(np.asarray(mine[:, filled:], np.float32)))
+        mine, theirs = (np.asarray(x, np.float32) for x in (mine, theirs))
+        before, new = slice(0, filled - 1), slice(filled - 1, filled)
+        np.testing.assert_array_equal(mine[:, before], theirs[:, before])
+        # Rotated with or without fused multiplications, and so rounded to one number or the next.
+        apart = np.abs(mine[:, new] - theirs[:, new])
+        assert np.all(apart <= 2 * rounding * np.abs(theirs[:, new]) + 1e-6)
+        assert np.mean(apart > 0) < 0.01
+        assert np.all(np.isnan(mine[:, filled:]))
 
 
 # ---- the kernel's source, on the host
@@ -238,9 +243,14 @@ def test_steps_in_a_loop_write_one_cache_in_place():
     copies = [jax.tree.map(jnp.copy, cache) for _ in range(3)]
     (_, wanted), want = plain(first, copies)
     text = kernel.lower(first, copies).compile().as_text()
-    shape = "f16[16,64,128]"
-    copied = [line for line in text.splitlines() if f"= {shape}" in line and " copy(" in line]
-    assert not copied, copied
+    bodies = re.findall(r"body=%?([\w.-]+)", text)
+    (body,) = [
+        part for part in text.split("\n\n") if part.strip().lstrip("%").startswith(bodies[0] + " ")
+    ]
+    assert body.count("custom-call(") == 3
+    assert not [
+        line for line in body.splitlines() if "= f16[16,64,128]" in line and " copy(" in line
+    ]
     (_, written), got = kernel(first, copies)
     # Roundings feed the next step; 30 steps of three add up.
     for mine, theirs in zip((got, written[2].values), (want, wanted[2].values), strict=True):

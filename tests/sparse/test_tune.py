@@ -323,6 +323,13 @@ def test_an_algorithm_that_fewer_rows_show_to_be_slow_is_not_asked_again(worker)
     assert coarse == ["1, split_k -1", "2, split_k -1", "0", "1"]
 
 
+def test_a_search_may_be_of_some_algorithms(worker):
+    worker.write({}, algorithms=10, decode=False)
+    worker.tune([64], algorithms=[9, 2, 77], splits=False)
+    asked = {line["name"] for line in worker.asked()}
+    assert asked == {"dense", "cusparselt, id 2", "cusparselt, id 9"}
+
+
 def test_what_failed_for_one_shape_is_not_tried_for_another(worker):
     worker.write({"cusparselt, id 0": "crash", "cusparselt, id 1": {"wrong": 3.0}})
     first = tune_shape((64, 128), rows=[64], limits=QUICK, worker=worker.command)
