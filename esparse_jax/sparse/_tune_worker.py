@@ -94,6 +94,7 @@ class Bench:
             self._blob = device_blob24(compress24(self._weight)) if on_gpu else None
         self._library = _ffi_cusparselt.library() if on_gpu else None
         self._no_library: str | None = None
+        self._split_k: int | None = None  # that the library takes by itself
         if on_gpu and self._library is None:
             try:
                 _ffi_cusparselt.load_cusparselt()
@@ -114,6 +115,7 @@ class Bench:
             "jax": jax.__version__,
             "decode": isinstance(self._blob, Blob24) and _ffi_cuda.decode_available(),
             "algorithms": 0 if self._library is None else self._count_algorithms(),
+            "split_k": self._split_k,
             "no_library": self._no_library,
         }
 
@@ -133,10 +135,12 @@ class Bench:
 
     def _count_algorithms(self) -> int:
         try:
-            return self._plan(self._most_rows, None).algorithms
+            plan = self._plan(self._most_rows, None)
         except RuntimeError as error:
             self._no_library = str(error)
             return 0
+        self._split_k = plan.chosen.split_k
+        return plan.algorithms
 
     def _plan(self, rows: int, algorithm: Algorithm | None) -> _ffi_cusparselt.PlanFacts:
         out, channels = self._shape

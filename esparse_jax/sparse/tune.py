@@ -130,7 +130,9 @@ def decode_plans() -> list[dict[str, int]]:
     return [plan for plan in plans if plan["warps"] * plan["blocks"] <= 16]
 
 
-def library_algorithms(count: int, capability: str, out: int) -> list[Algorithm]:
+def library_algorithms(
+    count: int, capability: str, out: int, split_k: int | None = None
+) -> list[Algorithm]:
     """Every algorithm id with every way to split the sum over channels that a GPU may offer.
 
     The library refuses what it does not offer before anything runs, so one too many costs nothing.
@@ -139,6 +141,8 @@ def library_algorithms(count: int, capability: str, out: int) -> list[Algorithm]
         count: The ids are 0 to `count - 1`.
         capability: Of the GPU, "9.0".
         out: Outputs of the weight.
+        split_k: What the library takes where nothing is said of it, so that it is not tried twice:
+            on Hopper 0.8.0 takes -1 for every algorithm.
 
     Source: cuSPARSELt's documentation of cusparseLtMatmulAlgAttribute_t, and the error texts of
         0.8.0: on Hopper only 1 and -1 (segment-K), before it slices and one or two kernels, after
@@ -153,8 +157,9 @@ def library_algorithms(count: int, capability: str, out: int) -> list[Algorithm]
         ]
     elif major > 9:
         splits += [{"split_k_mode": mode} for mode in SplitKMode if mode >= SplitKMode.HEURISTIC]
-    elif out >= _SEGMENT_K_OUT:
-        splits.append({"split_k": -1})
+    else:
+        splits += [{"split_k": 1}] + ([{"split_k": -1}] if out >= _SEGMENT_K_OUT else [])
+        splits = [split for split in splits if not split or split["split_k"] != split_k]
     return [Algorithm(id=id, **split) for split in splits for id in range(count)]
 
 
@@ -343,7 +348,9 @@ class _Search:
 
     def _algorithms(self) -> list[Candidate]:
         facts = self._facts
-        found = library_algorithms(facts["algorithms"], facts["capability"], self._shape[0])
+        found = library_algorithms(
+            facts["algorithms"], facts["capability"], self._shape[0], facts.get("split_k")
+        )
         return [
             Candidate("cusparselt", algorithm=algorithm)
             for algorithm in found

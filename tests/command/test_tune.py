@@ -24,7 +24,7 @@ from esparse_jax.sparse.table import DecodeTime, LibraryTime
 
 MACHINE = Machine("Abacus 9", "9.0", "0.8.0")
 SCRIPT = {
-    "facts": {**MACHINE._asdict(), "jax": "0.11.2", "decode": False, "algorithms": 2},
+    "facts": {**MACHINE._asdict(), "jax": "0.11.2", "decode": False, "algorithms": 2, "split_k": 1},
     "answers": {"dense": 30.0, "cusparselt, id 1": 12.5, "cusparselt, id 0": {"wrong": 9.0}},
     "default": 20.0,
 }

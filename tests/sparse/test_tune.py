@@ -41,6 +41,7 @@ FACTS = {
     "jax": "0.11.2",
     "decode": True,
     "algorithms": 3,
+    "split_k": 1,
 }
 QUICK = Limits(start=60.0, candidate=0.5, dense=1.0, restarts=20)
 PLAN = {"tiles": 2, "warps": 8, "blocks": 1, "interleave": 2, "resident": 1}
@@ -460,12 +461,15 @@ def test_plans_are_all_that_can_differ():
 
 
 def test_algorithms_follow_the_architecture():
-    hopper = library_algorithms(2, "9.0", 4096)
-    assert hopper == [
-        Algorithm(0), Algorithm(1), Algorithm(0, split_k=-1), Algorithm(1, split_k=-1),
-    ]  # fmt: skip
+    plain, whole, segments = (
+        [Algorithm(id, split_k=split_k) for id in (0, 1)] for split_k in (None, 1, -1)
+    )
+    assert library_algorithms(2, "9.0", 4096) == plain + whole + segments
+    # What the library does by itself is not tried twice.
+    assert library_algorithms(2, "9.0", 4096, -1) == plain + whole
+    assert library_algorithms(2, "9.0", 4096, 1) == plain + segments
     # Segment-K was reported to hang for so few outputs.
-    assert library_algorithms(2, "9.0", 384) == [Algorithm(0), Algorithm(1)]
+    assert library_algorithms(2, "9.0", 384) == plain + whole
     ampere = library_algorithms(1, "8.0", 4096)
     assert ampere[0] == Algorithm(0)
     assert {a.split_k_mode for a in ampere[1:]} == {SplitKMode.ONE_KERNEL, SplitKMode.TWO_KERNELS}
