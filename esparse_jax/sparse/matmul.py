@@ -327,7 +327,8 @@ def _batchable_blob(choice: _Choice):
         if made_by is not None:
             readers = (_ffi_cusparselt.reader(*made_by),)
             record = _measured(choice, rows)
-            best = record.cusparselt.algorithm if record and record.cusparselt else None
+            measured = record is not None and record.cusparselt is not None
+            best = record.cusparselt.algorithm if measured else _nearest(choice, rows)
             return library(x, data, readers, algorithm or _fitting(choice, best, rows, readers))
         if backend == "decode":
             return decode(x, data)
@@ -360,8 +361,17 @@ def _measured(choice: _Choice, rows: int) -> Record | None:
     return None if table is None else table.find(choice.shape, choice.dtype, rows)
 
 
+def _nearest(choice: _Choice, rows: int) -> Algorithm | None:
+    """The library's algorithm for a product that was not measured."""
+    if choice.table is None or rows == 0:
+        return None
+    table = resolve_table(choice.table)
+    return None if table is None else table.nearest_algorithm(choice.shape, choice.dtype, rows)
+
+
 def _ways(choice: _Choice, rows: int) -> list[Way]:
-    """How a `Blob24` may be multiplied: what was measured, the fastest first, then the usual.
+    """How a `Blob24` may be multiplied: what was measured, the fastest first, then the usual, with
+    the algorithm that was best for the nearest product.
 
     A decode kernel that crashed, hung or computed wrong numbers is not among them. For more than
     16 rows it is called for every 16 of them, but only where that was measured, and an algorithm
@@ -371,7 +381,7 @@ def _ways(choice: _Choice, rows: int) -> list[Way]:
     ways = [] if record is None else record.ways()
     if few and not (record is not None and "decode" in record.failed):
         ways.append(Way("decode", math.inf))
-    ways.append(Way("cusparselt", math.inf))
+    ways.append(Way("cusparselt", math.inf, algorithm=_nearest(choice, rows)))
     pieces = record is not None and rows <= record.rows and choice.algorithm is None
     kernel = _ffi_cuda.decode_available() and (few or pieces)
     return [way for way in ways if way.kind == "cusparselt" or kernel]
@@ -413,8 +423,8 @@ def _with_workspace(
         )
     except RuntimeError as error:
         _LOGGER.warning(
-            "%s is the best that was measured for %dx%d, but cuSPARSELt refuses it for %d rows and "
-            "chooses itself: %s",
+            "%s was the best in the tuning table for %dx%d, or for the product nearest to it, but "
+            "cuSPARSELt refuses it for %d rows and chooses itself: %s",
             algorithm,
             *shape,
             rows,

@@ -155,6 +155,40 @@ class TuningTable:
         """
         return self._by_key.get((np.dtype(dtype).name, *shape, bucket(rows)))
 
+    def nearest_algorithm(self, shape: tuple[int, int], dtype: Any, rows: int) -> Algorithm | None:
+        """cuSPARSELt's best algorithm for the product nearest to one that was not measured.
+
+        Nearness is in factors: of rows first, then of outputs and channels. Other products' records
+        say nothing of how fast this one is, and decide nothing between the library and the rest.
+
+        Args:
+            shape: `(out, channel)` of the weight.
+
+        Returns:
+            Without its workspace; None where none was measured in this dtype for a quarter to four
+            times the rows.
+
+        Paper silent: the library's own choice was slower than dense in every product measured on an
+            H200; which algorithm is best follows the number of rows much more than the shape.
+        """
+
+        def distance(record: Record) -> float:
+            factors = (record.out / shape[0], record.channels / shape[1])
+            apart = sum(abs(math.log2(factor)) for factor in factors)
+            return 4 * abs(math.log2(record.rows / bucket(rows))) + apart
+
+        measured = [
+            record
+            for record in self.records
+            if record.dtype == np.dtype(dtype).name
+            and record.cusparselt is not None
+            and record.rows / 4 <= bucket(rows) <= 4 * record.rows
+        ]
+        if not measured:
+            return None
+        algorithm = min(measured, key=distance).cusparselt.algorithm
+        return dataclasses.replace(algorithm, workspace_bytes=None)
+
 
 def _product(dtype: str, out: int, channels: int, rows: int) -> str:
     return f"{out}x{channels} {dtype} with {rows} rows"

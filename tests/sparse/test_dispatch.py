@@ -128,24 +128,45 @@ def test_the_fastest_way_is_taken():
 
 @needs_kernel
 def test_without_a_record_the_rows_decide():
-    for tuned in (None, table(), table(record(16, library=1.0), record(64, library=1.0))):
+    near = table(record(16, library=1.0, id=4), record(64, library=1.0, id=6))
+    for tuned, algorithm in ((None, -1), (table(), -1), (near, 4)):
         other = (128, 64)
         assert is_decode(lowered(16, tuned, shape=other))
-        assert algorithm_of(lowered(17, tuned, shape=other)) == -1
+        assert algorithm_of(lowered(17, tuned, shape=other)) == algorithm
     tuned = TuningTable(H200, "1", (Record(*SHAPE, "bfloat16", 64, 1.0),))
     assert algorithm_of(lowered(64, tuned)) == -1
 
 
-def test_the_record_of_the_bucket_is_taken_and_no_other():
+def test_the_record_of_the_bucket_is_taken_or_else_the_nearest():
     tuned = table(
         record(32, library=9.0, id=1), record(64, library=9.0, id=2), record(256, library=9.0, id=3)
     )
-    rows = (17, 32, 33, 64, 65, 128, 129, 256, 1000)
+    rows = (17, 32, 33, 64, 65, 128, 129, 256, 1000, 1025)
     found = {number: algorithm_of(lowered(number, tuned)) for number in rows}
-    own = -1  # the library's own choice: what is best for 64 rows says nothing of 65
+    own = -1  # the library's own choice: nothing near was measured
     assert found == {
-        17: 1, 32: 1, 33: 2, 64: 2, 65: own, 128: own, 129: 3, 256: 3, 1000: own,
+        17: 1, 32: 1, 33: 2, 64: 2, 65: 2, 128: 2, 129: 3, 256: 3, 1000: 3, 1025: own,
     }  # fmt: skip
+
+
+def test_the_nearest_product_is_of_the_nearest_rows_and_then_of_the_nearest_shape():
+    def other(shape, rows, id, dtype="float16"):
+        made = dataclasses.replace(record(rows, library=9.0, id=id), dtype=dtype)
+        return dataclasses.replace(made, out=shape[0], channels=shape[1])
+
+    tuned = table(
+        other((64, 256), 256, 1), other((128, 128), 1024, 2), other((1024, 1024), 1024, 3),
+        other(SHAPE, 1024, 4, "bfloat16"), other(SHAPE, 8192, 5),
+    )  # fmt: skip
+    assert tuned.nearest_algorithm(SHAPE, "float16", 1000) == Algorithm(2)
+    assert tuned.nearest_algorithm((2048, 1024), "float16", 600) == Algorithm(3)
+    assert tuned.nearest_algorithm(SHAPE, "float16", 200) == Algorithm(1)
+    assert tuned.nearest_algorithm(SHAPE, "float16", 4096) == Algorithm(5)
+    assert tuned.nearest_algorithm(SHAPE, "float16", 32) is None
+    assert tuned.nearest_algorithm(SHAPE, "bfloat16", 512) == Algorithm(4)
+    assert algorithm_of(lowered(1000, tuned)) == 2
+    with_choice = lowered(1000, tuned, algorithm=Algorithm(7, workspace_bytes=0))
+    assert algorithm_of(with_choice) == 7
 
 
 @needs_kernel
@@ -170,10 +191,10 @@ def test_more_than_sixteen_rows_are_decoded_only_where_that_was_measured():
     assert MATMUL not in text
     assert "tensor<16x128xf16>" in text
     assert "tensor<4x128xf16>" in text
-    assert algorithm_of(lowered(33, tuned)) == -1  # not what was measured
+    assert algorithm_of(lowered(33, tuned)) == 5  # not twice the kernel, which was measured for 32
     slower = table(record(16, decode=5.0), record(32, decode=9.0, library=6.0))
     assert algorithm_of(lowered(20, slower)) == 5
-    assert algorithm_of(lowered(20, table(record(16, decode=5.0)))) == -1
+    assert algorithm_of(lowered(20, table(record(16, decode=5.0, library=None)))) == -1
 
 
 @needs_kernel
@@ -326,7 +347,8 @@ def test_an_algorithm_that_the_library_refuses_is_left_to_it(h200, caplog):
         jax.clear_caches()
         assert algorithm_of(lowered_here(64)) == -1
     (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("esparse_jax")]
-    assert "is the best that was measured for 64x128, but cuSPARSELt refuses it for 64" in line
+    assert "was the best in the tuning table for 64x128, or for the product nearest to it" in line
+    assert "refuses it for 64 rows and chooses itself" in line
 
 
 def test_a_table_for_another_gpu_is_an_error(h200):
