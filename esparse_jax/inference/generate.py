@@ -120,7 +120,7 @@ def decode(
 
     def step(carry: tuple[Int[Array, " batch"], KVCache], key: Key[Array, ""]):
         token, cache = carry
-        hidden, cache = model.blocks(model.embed(token[:, None]), cache=cache)
+        hidden, cache = model.blocks(model.embed(token[:, None]), cache=cache, in_place=True)
         token = sample(model.head(hidden)[:, 0], key, **options)
         return (token, cache), token
 

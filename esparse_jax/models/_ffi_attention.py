@@ -1,6 +1,8 @@
 """The extension's attention of a decode step, for NVIDIA GPUs."""
 
 import functools
+import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ from jaxtyping import Array, Float, Int32
 from esparse_jax import native
 from esparse_jax.sparse import records_calls
 
+_LOGGER = logging.getLogger(__name__)
+
 _DTYPES = ("bfloat16", "float16")
 _FEATURES = (64, 128)
 _SHARED = (1, 2, 4, 8)  # query heads to a key
@@ -18,17 +22,44 @@ _LEAST_CAPABILITY = 9.0  # clusters of blocks
 
 
 def attend_takes(dtype: DTypeLike, heads: int, kv_heads: int, features: int) -> bool:
-    """Whether the kernel is there for such heads, and runs on this machine's GPU."""
+    """Whether the kernel is there for such heads, and runs on this machine's GPUs.
+
+    Where it would run but is not there for them, one line is logged.
+    """
+    if not _runs():
+        return False
     shared, rest = divmod(heads, kv_heads)
     fits = jnp.dtype(dtype).name in _DTYPES and features in _FEATURES
-    return fits and rest == 0 and shared in _SHARED and _runs()
+    if fits and rest == 0 and shared in _SHARED:
+        return True
+    _log_once(
+        f"the attention of a decode step is several kernels in place of one: that is there for "
+        f"16-bit numbers, {' or '.join(map(str, _FEATURES))} features and "
+        f"{', '.join(map(str, _SHARED))} query heads to a key; here are {jnp.dtype(dtype).name}, "
+        f"{features} features, and {heads} query heads to {kv_heads} keys"
+    )
+    return False
 
 
 @functools.cache
 def _runs() -> bool:
     if jax.default_backend() != "gpu" or not native.has_cuda():
         return False
-    return float(jax.devices()[0].compute_capability) >= _LEAST_CAPABILITY
+    # "80-real 90": code, or PTX, of each.
+    built = [int(name) for name in re.findall(r"\d+", native.extension().CUDA_ARCHITECTURES)]
+    return max(built, default=0) >= 10 * _LEAST_CAPABILITY and all(
+        _capability(device) >= _LEAST_CAPABILITY for device in jax.local_devices()
+    )
+
+
+def _capability(device: jax.Device) -> float:
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return 0.0 if found is None else float(found[0])
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    _LOGGER.warning("%s.", reason)
 
 
 def attend(
@@ -47,13 +78,13 @@ def attend(
 
     Args:
         projected: Queries, keys and values side by side, not rotated.
-        keys, values: Of the cache; they are written in place where they are donated.
+        keys, values: Of the cache; written in place, or into a copy where they are not donated.
         cosines, sines: Of the tokens' positions.
         length: How many slots are filled.
         start: The first slot of each row.
         heads: Of the queries.
-        prefetch: The cache up to `length` was complete before the kernel before began: it may be
-            read before that has ended.
+        prefetch: The filled slots were complete before the kernel before began, and XLA copies
+            neither array: they may be read before that kernel has ended.
     """
     extension = native.extension()
     target = extension.CUDA_RECORDED_ATTEND_TARGET if records_calls() else None

@@ -8,8 +8,9 @@ products::
     embed -> q,k,v -> attention -> [ o -> gate,up -> down -> q,k,v ] -> attention -> [ o -> ...
                                      norms, SwiGLU, residuals inside
 
-More rows (a prompt) go through the same weights one product at a time, and so does everything on
-other platforms.
+From compute capability 9.0 on the attention of one token a row is one kernel as well, see
+`decode_attention`. More rows (a prompt) go through the same weights one product at a time, and so
+does everything on other platforms.
 """
 
 from collections.abc import Sequence
@@ -176,7 +177,8 @@ class InferenceModel(CausalLM):
 
     It is called like any other model and generates like any other, and is neither pruned nor saved.
     The weights must be arguments of the `jit` around it, as `generate` has them: the kernels
-    request them before the computation before has ended, see `fused_matmul`'s `prefetch`.
+    request them before the computation before has ended, see `fused_matmul`'s `prefetch`. It is for
+    one GPU: sharded weights or caches are gathered before every kernel.
     """
 
     def __init__(
@@ -201,6 +203,7 @@ class InferenceModel(CausalLM):
         positions: Int[Array, "#batch seq"] | None,
         caches: list[LayerCache | None],
         empty: bool,
+        in_place: bool,
     ) -> tuple[Float[Array, "batch seq channel"], list[LayerCache | None]]:
         batch, seq, channels = hidden.shape
         stream = hidden.reshape(batch * seq, channels)
@@ -211,7 +214,7 @@ class InferenceModel(CausalLM):
                 projected = layer.project(stream)
             one_each = seq == 1 and positions is None and cache is not None and not empty
             if one_each and not isinstance(projected, tuple):
-                attended, cache = decode_attention(self.config, projected, cache, prefetch=True)
+                attended, cache = decode_attention(self.config, projected, cache, prefetch=in_place)
             else:
                 attended, cache = rotary_attention(
                     self.config,

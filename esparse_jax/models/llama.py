@@ -611,8 +611,10 @@ def decode_attention(
         config: Of the model.
         projected: Queries, keys and values side by side.
         cache: Written at its next slot.
-        prefetch: The cache was complete before the kernel before began (it is an argument of the
-            `jit`, or carried by the loop around it), so it may be read before that has ended.
+        prefetch: As `in_place` of `CausalLM.blocks`.
+
+    A row all of whose slots are padding yet attends to its token alone, where `rotary_attention`
+    gives it the mean of everything. The kernel has no derivative and is not for `vmap`.
 
     Paper silent: it is about weights. Without this, 7 kernels a layer took a fifth of a step.
     """
@@ -622,8 +624,7 @@ def decode_attention(
         config.head_dim,
     )
 
-    def plain(projected, keys, values, cosines, sines, length, start):
-        del cosines, sines
+    def plain(projected, keys, values, length, start):
         query, key, value = jnp.split(
             projected, (heads * features, (heads + kv_heads) * features), axis=1
         )
@@ -634,21 +635,15 @@ def decode_attention(
         )
         return attended[:, 0], written.keys, written.values
 
-    def kernel(projected, keys, values, cosines, sines, length, start):
+    def kernel(projected, keys, values, length, start):
+        positions = LayerCache(keys, values, length, start).positions(1)
+        angles = rotary_angles(config.rope, features, positions)
         return attend(
-            projected, keys, values, cosines, sines, length, start,
+            projected, keys, values, *(x.reshape(-1, features // 2) for x in angles), length, start,
             heads=heads, prefetch=prefetch,
         )  # fmt: skip
 
-    angles = rotary_angles(config.rope, features, cache.positions(1))
-    operands = (
-        projected,
-        cache.keys,
-        cache.values,
-        *(x.reshape(-1, features // 2) for x in angles),
-        cache.length,
-        cache.start,
-    )
+    operands = (projected, cache.keys, cache.values, cache.length, cache.start)
     same = projected.dtype == cache.keys.dtype == cache.values.dtype
     if same and attend_takes(projected.dtype, heads, kv_heads, features):
         results = jax.lax.platform_dependent(*operands, cuda=kernel, default=plain)
@@ -812,6 +807,7 @@ class CausalLM(nnx.Module):
         positions: Int[Array, "#batch seq"] | None = None,
         cache: KVCache | None = None,
         empty: bool = False,
+        in_place: bool = False,
     ) -> tuple[Float[Array, "batch seq channel"], KVCache | None]:
         """All blocks, one after the other. `head` of the last token alone is a prefill's logits.
 
@@ -821,6 +817,10 @@ class CausalLM(nnx.Module):
             cache: As for `__call__`.
             empty: The cache comes straight from `init_cache`, so that the tokens attend to each
                 other alone, and no slot that is still empty is read.
+            in_place: The cache is a donated argument of the `jit`, or carried by a loop, and
+                neither computed, copied nor resharded inside: kernels may then read its filled
+                slots before the kernel before has ended. Set it for another, and they may read what
+                is not written yet.
         """
         if cache is not None and positions is not None:
             raise ValueError(
@@ -830,7 +830,7 @@ class CausalLM(nnx.Module):
         views = [None] * self.config.num_hidden_layers
         if cache is not None:
             views = [cache.layer(index) for index in range(len(views))]
-        hidden, views = self._blocks(hidden, positions, views, empty)
+        hidden, views = self._blocks(hidden, positions, views, empty, in_place)
         if cache is None:
             return hidden, None
         keys, values = tuple(view.keys for view in views), tuple(view.values for view in views)
@@ -842,6 +842,7 @@ class CausalLM(nnx.Module):
         positions: Int[Array, "#batch seq"] | None,
         caches: list[LayerCache | None],
         empty: bool,
+        in_place: bool,
     ) -> tuple[Float[Array, "batch seq channel"], list[LayerCache | None]]:
         """What the subclasses differ in; a cache for each layer, or None for each."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its blocks run.")
@@ -900,7 +901,9 @@ class LlamaForCausalLM(CausalLM):
         positions: Int[Array, "#batch seq"] | None,
         caches: list[LayerCache | None],
         empty: bool,
+        in_place: bool,
     ) -> tuple[Float[Array, "batch seq channel"], list[LayerCache | None]]:
+        del in_place  # XLA's attention reads nothing early
         written = []
         for layer, cache in zip(self.model.layers, caches, strict=True):
             if cache is None:

@@ -15,7 +15,8 @@
 namespace esparse::cuda {
 namespace {
 
-// What the kernel needs of a GPU of compute capability 9.0 or later.
+#if __CUDA_ARCH__ >= 900
+// What the kernel needs of a GPU.
 struct Gpu {
   ESPARSE_DEVICE int Thread() const { return threadIdx.x; }
   ESPARSE_DEVICE int Block() const { return blockIdx.x; }
@@ -55,15 +56,12 @@ struct Gpu {
   }
   ESPARSE_DEVICE void SyncBlock() const { __syncthreads(); }
   ESPARSE_DEVICE void SyncCluster() const {
-#if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                      : "memory");
-#endif
   }
   // What lies at this place of the shared memory of another block of the cluster.
   ESPARSE_DEVICE float LoadFrom(int rank, const float* place) const {
-    float value = 0;
-#if __CUDA_ARCH__ >= 900
+    float value;
     const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(place));
     asm volatile(
         "{.reg .b32 there;\n"
@@ -72,35 +70,39 @@ struct Gpu {
         : "=f"(value)
         : "r"(here), "r"(rank)
         : "memory");
-#endif
     return value;
   }
 };
+#endif
 
 }  // namespace
 
-// A cluster's size is a part of the kernel: so it can be launched by who cannot name one.
+// A cluster's size is a part of the kernel: so it can be launched by who cannot name one. Where
+// there are no clusters there is no kernel; nothing launches it.
 #if __CUDA_ARCH__ >= 900
 #define ESPARSE_CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
+#define ESPARSE_BODY(T, FEATURES, SHARED, CLUSTER)                          \
+  __shared__ AttentionShared<T, FEATURES, SHARED> shared;                   \
+  Gpu gpu;                                                                  \
+  Attend<Gpu, T, FEATURES, SHARED, CLUSTER>(                                \
+      gpu, shared, static_cast<const T*>(projected), static_cast<T*>(keys), \
+      static_cast<T*>(values), cosines, sines, length, start, static_cast<T*>(attended), args)
 #else
 #define ESPARSE_CLUSTER(BLOCKS)
+#define ESPARSE_BODY(T, FEATURES, SHARED, CLUSTER) __trap()
 #endif
 
 // The instances are extern "C", so that a loaded cubin can be asked for them.
 #define ESPARSE_ATTEND_NAME(NAME, FEATURES, SHARED, CLUSTER) \
   esparse_attend_##NAME##_##FEATURES##_##SHARED##_##CLUSTER
-#define ESPARSE_ATTEND(NAME, T, FEATURES, SHARED, CLUSTER)                                        \
-  extern "C" __global__ void ESPARSE_CLUSTER(CLUSTER)                                             \
-      __launch_bounds__(kAttentionThreads, SHARED <= 2 ? 2 : 1)                                   \
-          ESPARSE_ATTEND_NAME(NAME, FEATURES, SHARED, CLUSTER)(                                   \
-              const void* projected, void* keys, void* values, const float* cosines,              \
-              const float* sines, const int32_t* length, const int32_t* start, void* attended,    \
-              const __grid_constant__ AttentionArgs args) {                                       \
-    __shared__ AttentionShared<T, FEATURES, SHARED> shared;                                       \
-    Gpu gpu;                                                                                      \
-    Attend<Gpu, T, FEATURES, SHARED, CLUSTER>(                                                    \
-        gpu, shared, static_cast<const T*>(projected), static_cast<T*>(keys),                     \
-        static_cast<T*>(values), cosines, sines, length, start, static_cast<T*>(attended), args); \
+#define ESPARSE_ATTEND(NAME, T, FEATURES, SHARED, CLUSTER)                                     \
+  extern "C" __global__ void ESPARSE_CLUSTER(CLUSTER)                                          \
+      __launch_bounds__(kAttentionThreads, SHARED <= 2 ? 2 : 1)                                \
+          ESPARSE_ATTEND_NAME(NAME, FEATURES, SHARED, CLUSTER)(                                \
+              const void* projected, void* keys, void* values, const float* cosines,           \
+              const float* sines, const int32_t* length, const int32_t* start, void* attended, \
+              const __grid_constant__ AttentionArgs args) {                                    \
+    ESPARSE_BODY(T, FEATURES, SHARED, CLUSTER);                                                \
   }
 #define ESPARSE_INSTANCE(NAME, DTYPE, FEATURES, SHARED, CLUSTER) \
   {DTYPE,                                                        \
@@ -161,6 +163,19 @@ int ClusterOf(int64_t matrices, int multiprocessors) {
 }
 
 }  // namespace
+
+bool AttentionRuns() {
+  int device = 0, major = 0;
+  cudaFuncAttributes code;
+  const auto* any = reinterpret_cast<const void*>(kInstances[0].function);
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaFuncGetAttributes(&code, any) != cudaSuccess) {
+    cudaGetLastError();  // it is an answer, and no error of what comes after
+    return false;
+  }
+  return major >= kAttentionMajor && code.ptxVersion >= 10 * kAttentionMajor;
+}
 
 bool AttentionFits(int64_t heads, int64_t kv_heads, int64_t features) {
   return kv_heads > 0 && Find(Dtype::kFloat16, heads, kv_heads, features, 1) != nullptr;

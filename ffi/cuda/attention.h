@@ -15,7 +15,7 @@
 
 namespace esparse::cuda {
 
-constexpr int kAttentionMajor = 9;  // clusters of blocks: compute capability 9.0 and later
+constexpr int kAttentionMajor = 9;  // clusters of blocks: from compute capability 9.0 on
 
 // Of every row: a query of `heads * features`, then a key and a value of `kv_heads * features`.
 // Query heads that share a key lie next to each other.
@@ -35,6 +35,9 @@ struct Attention {
 // Whether there is a kernel: 64 or 128 features, 1, 2, 4 or 8 query heads to a key.
 bool AttentionFits(int64_t heads, int64_t kv_heads, int64_t features);
 
+// Whether the current device has clusters, and this build machine code or PTX that uses them.
+bool AttentionRuns();
+
 constexpr int kAttentionArgsBytes = 28;
 
 // The kernel of an attention, for those who queue it in another way.
@@ -47,8 +50,8 @@ struct AttentionLaunch {
 };
 cudaError_t Prepare(const Attention& attention, Start start, AttentionLaunch* launch);
 
-// Queues it. kPrefetch here: the cache up to `length`, `length` and `start` were complete before
-// the kernel before began.
+// Queues it, where AttentionRuns(). kPrefetch here: the filled slots of the cache were complete
+// before the kernel before began.
 cudaError_t Launch(const Attention& attention, Start start, cudaStream_t stream);
 
 }  // namespace esparse::cuda

@@ -2,6 +2,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
+#include <sstream>
 
 #include "cuda/attention.h"
 #include "cuda/errors.h"
@@ -40,7 +42,8 @@ ffi::Error CheckAligned(const char* name, const ffi::AnyBuffer& buffer) {
     return ffi::Error::Success();
   }
   return InvalidArgument("the attention of a decode step reads ", kAlignment, " bytes at a time; ",
-                         name, " ", Describe(buffer), " starts at an address that is no multiple.");
+                         name, " ", Describe(buffer),
+                         " starts at an address that is no multiple. Give an array of its own.");
 }
 
 // The attention that a call is about, or what is wrong with the call.
@@ -74,13 +77,26 @@ ffi::Error MakeAttention(const ffi::RemainingArgs& arguments, const ffi::Remaini
                 features = keys.dimensions()[2];
   const int64_t kv_heads = batch > 0 ? matrices / batch : 0;
   constexpr int64_t kMost = int64_t{1} << 31;
-  if (batch < 1 || slots < 1 || kv_heads * batch != matrices ||
-      !AttentionFits(heads, kv_heads, features) || matrices * 8 >= kMost || slots >= kMost ||
-      width != (heads + 2 * kv_heads) * features) {
+  if (batch < 1 || slots < 1 || kv_heads < 1 || kv_heads * batch != matrices ||
+      matrices * 8 >= kMost || slots >= kMost) {
+    return InvalidArgument(
+        "the attention of a decode step takes keys [row and head, slot, feature], as many heads ",
+        "for each row of the projections, at least one slot, and less than 2^28 heads of all "
+        "rows; ",
+        "got projections ", Describe(projected), " and keys ", Describe(keys),
+        ". Make the cache by init_cache, for this batch.");
+  }
+  if (!AttentionFits(heads, kv_heads, features)) {
     return InvalidArgument(
         "the attention of a decode step is there for 64 or 128 features and 1, 2, 4 or 8 query ",
-        "heads to a key; got ", heads, " heads, projections ", Describe(projected), " and keys ",
-        Describe(keys), ".");
+        "heads to a key; got ", heads, " query heads, ", kv_heads, " of keys, and ", features,
+        " features. Use rotary_attention.");
+  }
+  if (width != (heads + 2 * kv_heads) * features) {
+    return InvalidArgument("the attention of a decode step takes queries, keys and values side by ",
+                           "side: ", (heads + 2 * kv_heads) * features, " numbers a row for ",
+                           heads, " and twice ", kv_heads, " heads of ", features,
+                           " features; got ", Describe(projected), ".");
   }
   const int64_t angle_rows = cosines.dimensions().size() == 2 ? cosines.dimensions()[0] : 0;
   const int64_t angles = angle_rows == 1 ? 1 : batch;
@@ -124,6 +140,13 @@ ffi::Error AttendImpl(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Re
                       int32_t heads, bool prefetch) {
   Attention attention;
   ESPARSE_RETURN_IF_ERROR(MakeAttention(arguments, results, heads, &attention));
+  if (!AttentionRuns()) {
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                      "the attention of a decode step needs a GPU of compute capability 9.0 or "
+                      "later, and an extension that is built for it (esparse doctor says for which "
+                      "it is). Trace the computation on this GPU, which takes rotary_attention, or "
+                      "build with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=90.");
+  }
   // While XLA traces a call, its kernel makes a graph of its own: nothing to overlap with.
   cudaStreamCaptureStatus capture;
   ESPARSE_CUDA_CALL(cudaStreamIsCapturing, stream, &capture);

@@ -32,7 +32,7 @@ struct alignas(16) Eight {
   uint32_t pairs[4];
 };
 
-// One group's, warp's or block's share of the softmax of kShared heads.
+// What a block has in shared memory, for kShared heads.
 template <typename T, int kFeatures, int kShared>
 struct AttentionShared {
   static constexpr int kWarps = kAttentionThreads / 32;
@@ -60,14 +60,20 @@ ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared
   const int row = matrix / p.kv_heads, head = matrix % p.kv_heads;
 
   if (!p.prefetch) device.WaitForPrevious();
-  // From the second-level cache: the kernel that wrote it may have ended just now.
-  const int filled = device.Load(length);
-  const int place = filled < p.slots ? filled : p.slots - 1;  // of the new token
-  int first = p.has_start ? device.Load(start + row) : 0;
-  first = first < 0 ? 0 : first > place ? place : first;
-  const int part = (place - first + kCluster - 1) / kCluster;
-  const int begin = first + rank * part;
-  const int end = begin + part < place ? begin + part : place;
+  // The new token's slot, and this block's part of the filled ones; false if it was that before.
+  int place = -1, begin = -1, end = -1;
+  auto cut = [&] {
+    const int was[] = {place, begin, end};
+    const int filled = device.Load(length);
+    place = filled < 0 ? 0 : filled < p.slots ? filled : p.slots - 1;
+    int first = p.has_start ? device.Load(start + row) : 0;
+    first = first < 0 ? 0 : first > place ? place : first;
+    const int part = (place - first + kCluster - 1) / kCluster;
+    begin = first + rank * part;
+    end = begin + part < place ? begin + part : place;
+    return place != was[0] || begin != was[1] || end != was[2];
+  };
+  cut();
   const int64_t at = static_cast<int64_t>(matrix) * p.slots * kFeatures + feature;
 
   Eight key[kAhead], value[kAhead];
@@ -84,7 +90,11 @@ ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared
   for (int u = 0; u < kAhead; ++u) key[u] = value[u] = Eight{};  // slots that are not there
   request(begin + group);
   device.LetNextStart();
-  if (p.prefetch) device.WaitForPrevious();
+  if (p.prefetch) {
+    device.WaitForPrevious();
+    // How far the cache is filled is counted in the same computation.
+    if (cut()) request(begin + group);
+  }
 
   // The queries of this head, and the new key and value.
   const T* of_row = projected + static_cast<int64_t>(row) * p.width;
@@ -182,8 +192,9 @@ ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared
     ESPARSE_UNROLL
     for (int u = 0; u < kAhead; ++u) {
       float wide[8];
-      device.template Widen<T>(value[u], wide);
       const bool there = slot + group + u * kGroups < end;
+      // What is there of another slot may be infinite, and no weight makes that nothing.
+      device.template Widen<T>(there ? value[u] : Eight{}, wide);
       ESPARSE_UNROLL
       for (int r = 0; r < kShared; ++r) {
         const float weight = there ? device.Exp2(logit[u][r] - most[r]) : 0.0f;

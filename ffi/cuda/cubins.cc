@@ -20,7 +20,7 @@ ESPARSE_EMBED(esparse_cubin_attention, ESPARSE_CUBIN_ATTENTION);
 namespace esparse::cuda {
 
 cudaError_t CubinsRun(bool* run) {
-  int device, major, minor;
+  int device = 0, major = 0, minor = 0;
   for (const cudaError_t status :
        {cudaGetDevice(&device),
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),

@@ -95,33 +95,40 @@ def on_host(tmp_path_factory):
         (1, 1, 1, 128, 1100, 1024, None, 4),
         (1, 1, 1, 64, 700, 699, [5], 8),
         (2, 1, 2, 64, 200, 150, [3, 140], 4),
-        (2, 1, 4, 64, 200, 150, [0, 150], 4),
+        (3, 2, 4, 64, 200, 150, [0, 149, 20], 4),
         (2, 1, 8, 128, 90, 77, [0, 76], 1),
         (2, 1, 4, 128, 40, 0, None, 4),  # nothing before the token
         (1, 2, 1, 64, 40, 40, None, 4),  # no slot left: the last one is overwritten
+        (1, 2, 1, 64, 1, 7, None, 4),
+        (2, 1, 1, 64, 50, 30, [-3, 0], 1),
     ],
 )
+@pytest.mark.parametrize("prefetch", [False, True])
 def test_the_kernels_source_computes_the_attention(
-    on_host, batch, kv_heads, shared, features, slots, length, start, cluster
+    on_host, batch, kv_heads, shared, features, slots, length, start, cluster, prefetch
 ):
+    """Whatever stands where its inputs will be, until the kernel before has ended."""
     config = _config(kv_heads, shared, features)
     projected, cache = _operands(config, batch, slots, length, start)
-    want, wanted = _plain(config, projected, cache)
-    angles = rotary_angles(config.rope, features, cache.positions(1))
+    plain_start = None if start is None else jnp.maximum(cache.start, 0)
+    want, wanted = _plain(config, projected, cache._replace(start=plain_start))
+    angles = rotary_angles(config.rope, features, cache._replace(start=plain_start).positions(1))
     cosines, sines = (np.array(x, np.float32).reshape(-1, features // 2) for x in angles)
     arrays = [np.array(x) for x in (projected, cache.keys, cache.values, cosines, sines)]
-    arrays += [np.array(length, np.int32), None if start is None else np.asarray(start, np.int32)]
+    arrays += [None if start is None else np.asarray(start, np.int32)]
     attended = np.full((batch, kv_heads * shared * features), np.nan, np.float16)
 
     def pointer(array):
         return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
 
-    status = on_host(
-        batch, kv_heads, shared, features, slots, cosines.shape[0], cluster,
-        *map(pointer, arrays), pointer(attended),
-    )  # fmt: skip
-    assert status == 0
-    _check(attended, arrays[1:3], want, wanted, length, np.finfo(np.float16).eps)
+    for early_length in (length, 0, -1, 10**6) if prefetch else (-1,):
+        status = on_host(
+            batch, kv_heads, shared, features, slots, cosines.shape[0], cluster,
+            int(prefetch), length, early_length, *map(pointer, arrays), pointer(attended),
+        )  # fmt: skip
+        assert status == 0
+        _check(attended, arrays[1:3], want, wanted, length, np.finfo(np.float16).eps)
+        attended[...] = np.nan
 
 
 # ---- what XLA is given
@@ -144,6 +151,7 @@ def test_without_a_gpu_it_is_the_plain_attention():
 @pytest.mark.skipif(not native.has_cuda(), reason="the extension has no CUDA part")
 def test_it_lowers_for_cuda_to_a_call_that_writes_the_cache_in_place(monkeypatch):
     monkeypatch.setattr(_ffi_attention, "_runs", lambda: True)
+    monkeypatch.setattr(_ffi_attention, "records_calls", lambda: False)
     config = _config(2, 4, 128)
     for start in (None, [0, 1]):
         projected, cache = _operands(config, 2, 20, 7, start)

@@ -2,6 +2,7 @@
 // fibers that take turns, and change at every exchange and barrier. Built by the tests.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -39,7 +40,7 @@ struct Fiber {
 
   int Thread() const { return thread; }
   int Block() const { return block; }
-  void WaitForPrevious() const {}
+  void WaitForPrevious();
   void LetNextStart() const {}
   int Load(const int32_t* from) const { return *from; }
   Eight Load(const Eight* from) const { return *from; }
@@ -69,11 +70,15 @@ struct Cluster {
   std::vector<Meeting> warps, blocks;  // of this cluster
   Meeting all;
   std::vector<std::vector<char>> shared;  // memory of each block
+  std::vector<int> running;               // fibers of each block
+  int64_t steps = 0;                      // arrivals and ends so far
+  std::function<void()> previous;         // what the kernel before writes, at its end
   std::function<void(Fiber*)> body;
 };
 
 void Fiber::Meet(Meeting* meeting) {
   const int64_t time = meeting->times;
+  ++cluster->steps;
   if (++meeting->arrived == meeting->expected) {
     meeting->arrived = 0;
     ++meeting->times;
@@ -95,6 +100,11 @@ float Fiber::Exchange(float x, int offset) {
   return other;
 }
 
+void Fiber::WaitForPrevious() {
+  if (cluster->previous) cluster->previous();
+  cluster->previous = nullptr;
+}
+
 void Fiber::SyncBlock() { Meet(&cluster->blocks[Rank(*this)]); }
 void Fiber::SyncCluster() { Meet(&cluster->all); }
 
@@ -105,14 +115,23 @@ float Fiber::LoadFrom(int rank, const float* place) const {
 
 void Enter(unsigned high, unsigned low) {
   auto* fiber = reinterpret_cast<Fiber*>((static_cast<uintptr_t>(high) << 32) | low);
-  fiber->cluster->body(fiber);
+  Cluster* cluster = fiber->cluster;
+  cluster->body(fiber);
   fiber->done = true;
+  ++cluster->steps;
+  // A block that has ended has no memory that others could read.
+  std::vector<char>& shared = cluster->shared[Rank(*fiber)];
+  if (--cluster->running[Rank(*fiber)] == 0) std::fill(shared.begin(), shared.end(), '\xff');
   setcontext(&fiber->cluster->scheduler);
 }
 
-void Run(int first_block, int blocks, size_t shared_bytes, std::function<void(Fiber*)> body) {
+// False where threads wait for others that never come.
+bool Run(int first_block, int blocks, size_t shared_bytes, std::function<void()> previous,
+         std::function<void(Fiber*)> body) {
   Cluster cluster;
   cluster.body = std::move(body);
+  cluster.previous = std::move(previous);
+  cluster.running.assign(blocks, kAttentionThreads);
   const int threads = blocks * kAttentionThreads;
   cluster.exchanged.resize(threads);
   cluster.warps.assign(threads / kWarpThreads, {kWarpThreads});
@@ -135,38 +154,62 @@ void Run(int first_block, int blocks, size_t shared_bytes, std::function<void(Fi
   }
   for (bool running = true; running;) {
     running = false;
+    const int64_t before = cluster.steps;
     for (auto& fiber : cluster.fibers) {
       if (fiber->done) continue;
       running = true;
       swapcontext(&cluster.scheduler, &fiber->context);
     }
+    if (running && cluster.steps == before) return false;
   }
+  return true;
 }
 
+// What the kernel before gives this one. Until it has ended there is something else in its place.
+struct Given {
+  std::vector<char> projected, cosines, sines;
+  int32_t length;
+};
+
 template <int kFeatures, int kShared, int kCluster>
-void AttendAll(const void* projected, void* keys, void* values, const float* cosines,
-               const float* sines, const int32_t* length, const int32_t* start, void* attended,
-               const AttentionArgs& args, int matrices) {
+bool AttendAll(const Given& given, int32_t early_length, void* keys, void* values,
+               const int32_t* start, void* attended, const AttentionArgs& args, int matrices) {
   using Shared = AttentionShared<_Float16, kFeatures, kShared>;
   for (int matrix = 0; matrix < matrices; ++matrix) {
-    Run(matrix * kCluster, kCluster, sizeof(Shared), [&](Fiber* fiber) {
-      auto* shared = reinterpret_cast<Shared*>(fiber->cluster->shared[Rank(*fiber)].data());
-      Attend<Fiber, _Float16, kFeatures, kShared, kCluster>(
-          *fiber, *shared, static_cast<const _Float16*>(projected), static_cast<_Float16*>(keys),
-          static_cast<_Float16*>(values), cosines, sines, length, start,
-          static_cast<_Float16*>(attended), args);
-    });
+    Given seen = {std::vector<char>(given.projected.size(), '\xff'),
+                  std::vector<char>(given.cosines.size(), '\xff'),
+                  std::vector<char>(given.sines.size(), '\xff'), early_length};
+    const auto previous = [&] {
+      std::copy(given.projected.begin(), given.projected.end(), seen.projected.begin());
+      std::copy(given.cosines.begin(), given.cosines.end(), seen.cosines.begin());
+      std::copy(given.sines.begin(), given.sines.end(), seen.sines.begin());
+      seen.length = given.length;
+    };
+    const bool ended =
+        Run(matrix * kCluster, kCluster, sizeof(Shared), previous, [&](Fiber* fiber) {
+          auto* shared = reinterpret_cast<Shared*>(fiber->cluster->shared[Rank(*fiber)].data());
+          Attend<Fiber, _Float16, kFeatures, kShared, kCluster>(
+              *fiber, *shared, reinterpret_cast<const _Float16*>(seen.projected.data()),
+              static_cast<_Float16*>(keys), static_cast<_Float16*>(values),
+              reinterpret_cast<const float*>(seen.cosines.data()),
+              reinterpret_cast<const float*>(seen.sines.data()), &seen.length, start,
+              static_cast<_Float16*>(attended), args);
+        });
+    if (!ended) return false;
   }
+  return true;
 }
 
 }  // namespace
 }  // namespace esparse::cuda
 
-// 0, or 1 where there is no such instance. `start` may be null.
+// 0, 1 where there is no such instance, or 2 where threads wait for each other for ever. `start`
+// may be null; `early_length` is what stands in the place of `length` until the kernel before has
+// ended.
 extern "C" __attribute__((visibility("default"))) int esparse_attend_on_host(
     int batch, int kv_heads, int shared, int features, int slots, int angle_rows, int cluster,
-    const void* projected, void* keys, void* values, const float* cosines, const float* sines,
-    const int32_t* length, const int32_t* start, void* attended) {
+    int prefetch, int length, int early_length, const void* projected, void* keys, void* values,
+    const float* cosines, const float* sines, const int32_t* start, void* attended) {
   using namespace esparse::cuda;
   AttentionArgs args = {};
   args.kv_heads = kv_heads;
@@ -174,12 +217,19 @@ extern "C" __attribute__((visibility("default"))) int esparse_attend_on_host(
   args.width = (shared + 2) * kv_heads * features;
   args.angle_stride = angle_rows == 1 ? 0 : features / 2;
   args.has_start = start != nullptr;
-  args.prefetch = 1;
+  args.prefetch = prefetch;
   args.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(features)));
+  const auto bytes = [](const void* from, size_t count) {
+    return std::vector<char>(static_cast<const char*>(from),
+                             static_cast<const char*>(from) + count);
+  };
+  const size_t angle_bytes = sizeof(float) * angle_rows * features / 2;
+  const Given given = {bytes(projected, sizeof(_Float16) * batch * args.width),
+                       bytes(cosines, angle_bytes), bytes(sines, angle_bytes), length};
   const auto attend = [&](auto features_constant, auto shared_constant, auto cluster_constant) {
-    AttendAll<features_constant, shared_constant, cluster_constant>(
-        projected, keys, values, cosines, sines, length, start, attended, args, batch * kv_heads);
-    return 0;
+    const bool ended = AttendAll<features_constant, shared_constant, cluster_constant>(
+        given, early_length, keys, values, start, attended, args, batch * kv_heads);
+    return ended ? 0 : 2;
   };
   using std::integral_constant;
   const auto with_shared = [&](auto features_constant, auto shared_constant) {
