@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "cusparselt/handles.h"
 #include "cusparselt/library.h"
@@ -26,7 +27,8 @@ class Context {
   const Library& library() const { return *library_; }
   const Handle& handle() const { return handle_; }
 
-  // To be held around calls with the handle: the library does not say that threads may share one.
+  // To be held around calls with the handle, and around those that destroy what was made with it:
+  // the library does not say that threads may share one.
   std::unique_lock<std::mutex> Lock() const { return std::unique_lock<std::mutex>(mutex_); }
 
  private:
@@ -36,6 +38,27 @@ class Context {
 };
 
 using SharedContext = std::shared_ptr<const Context>;
+
+// Destroys owners of the library's objects under the lock of their context, which it keeps until
+// then. Not to be reached by a thread that holds the lock already.
+template <typename Owners>
+struct UnderLock {
+  SharedContext context;
+  void operator()(Owners* owners) const {
+    const auto lock = context->Lock();
+    delete owners;
+  }
+};
+
+// Owners of objects that were made with one context. Move-only.
+template <typename Owners>
+using InContext = std::unique_ptr<Owners, UnderLock<Owners>>;
+
+// Owners of nothing yet.
+template <typename Owners>
+InContext<Owners> NothingIn(SharedContext context) {
+  return InContext<Owners>(new Owners, UnderLock<Owners>{std::move(context)});
+}
 
 }  // namespace esparse::cusparselt
 

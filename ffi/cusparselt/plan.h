@@ -57,11 +57,15 @@ class Plan {
                                    const Algorithm& algorithm);
   ffi::Error Build(const Problem& problem, const Algorithm& algorithm);
 
+  struct Owners {
+    Matrix weight, x, y;
+    Matmul matmul;
+    Selection selection;
+    PlanHandle plan;
+  };
+
   SharedContext context_;
-  Matrix weight_, x_, y_;
-  Matmul matmul_;
-  Selection selection_;
-  PlanHandle plan_;
+  InContext<Owners> owners_;
   size_t blob_bytes_ = 0, workspace_bytes_ = 0;
   int algorithms_ = 0;
 };
@@ -83,7 +87,7 @@ class Compression {
 
  private:
   SharedContext context_;
-  Matrix weight_;
+  InContext<Matrix> weight_;
   size_t blob_bytes_ = 0, workspace_bytes_ = 0;
 };
 

@@ -391,7 +391,6 @@ def test_threads_make_one_plan_and_take_turns_with_it(fake):
         for y in results:
             np.testing.assert_array_equal(np.asarray(y.result()), first)
     assert fake.calls("Matmul") == 32
-    assert fake.calls("Matmul of a plan in use") == 0
     assert fake.calls("MatmulPlanInit") == 1
     assert fake.alive() == ONE_PRODUCT
 
@@ -412,7 +411,7 @@ def _together(calls: list) -> list:
 
 
 def test_threads_with_executables_of_their_own_make_one_plan(fake):
-    fake.set("plan_milliseconds", 50)  # the others come while one makes it
+    fake.slow("MatmulPlanInit", milliseconds=50)  # the others come while one makes it
     weights = [weight24((192, 192), "float16", seed) for seed in range(6)]
     x = random_x(64, 192)
     compiled = [_product(weight).lower(x).compile() for weight in weights]
@@ -421,12 +420,11 @@ def test_threads_with_executables_of_their_own_make_one_plan(fake):
         for y, weight in zip(results, weights, strict=True):
             assert_product(y, x, weight)
     assert fake.calls("MatmulPlanInit") == 1
-    assert fake.calls("Matmul of a plan in use") == 0
     assert fake.alive() == ONE_PRODUCT
 
 
 def test_threads_do_not_share_the_failure_of_one(fake):
-    fake.set("plan_milliseconds", 20)
+    fake.slow("MatmulPlanInit", milliseconds=20)
     weight, x = weight24((64, 64), "float16"), random_x(8, 64)
     compiled = [_product(weight).lower(x).compile() for _ in range(4)]
     fake.fail("MatmulPlanInit")
@@ -438,6 +436,55 @@ def test_threads_do_not_share_the_failure_of_one(fake):
     for y in _together([lambda each=each: np.asarray(each(x)) for each in compiled]):
         assert_product(y, x, weight)
     assert fake.calls("MatmulPlanInit") == 5
+
+
+def _make_and_destroy_a_plan(algorithm: int):
+    """Nothing but the question holds the plan."""
+    return _ffi_cusparselt.describe_plan(
+        rows=8, out=64, channels=64, dtype=np.dtype("float16"), algorithm=Algorithm(id=algorithm)
+    )
+
+
+def _make_and_destroy_a_compression():
+    return EXTENSION.cusparselt_compressed_bytes(out=64, channels=64, dtype="float16", on_host=True)
+
+
+DESTROYING = ("MatmulPlanDestroy", "MatmulAlgSelectionDestroy", "MatDescriptorDestroy")
+
+
+def test_threads_destroy_and_use_what_shares_a_handle_in_turns(fake):
+    weight, x = weight24((64, 64), "float16"), random_x(8, 64)
+    product = _product(weight).lower(x).compile()
+    assert_product(product(x), x, weight)  # holds the context from here on
+    fake.slow(*DESTROYING, "MatmulPlanInit", "Matmul", milliseconds=2)
+    before = fake.overlaps()
+    calls = [lambda i=i: _make_and_destroy_a_plan(i) for i in range(4)]
+    calls += [_make_and_destroy_a_compression, lambda: np.asarray(product(x))] * 3
+    for _ in range(5):
+        assert not [each for each in _together(calls) if isinstance(each, Exception)]
+    assert fake.calls("MatmulPlanDestroy") == 20
+    assert fake.calls("MatDescriptorDestroy") == 20 * 3 + 15
+    assert fake.calls("Init") == 1
+    assert fake.overlaps() == before
+
+
+@pytest.mark.parametrize("call", ["MatmulAlgGetAttribute", "MatmulPlanInit", "MatmulGetWorkspace"])
+def test_threads_destroy_half_made_plans_in_turns(fake, call):
+    weight, x = weight24((64, 64), "float16"), random_x(8, 64)
+    product = _product(weight).lower(x).compile()
+    product(x).block_until_ready()
+    alive, before = fake.alive(), fake.overlaps()
+    fake.slow(*DESTROYING, milliseconds=2)
+    fake.fail(call)
+
+    def fails(algorithm):
+        with pytest.raises(RuntimeError, match=f"cusparseLt{call} .* algorithm {algorithm}, split"):
+            _make_and_destroy_a_plan(algorithm)
+
+    for _ in range(3):
+        _together([lambda i=i: fails(i) for i in range(6)])
+    assert fake.alive() == alive
+    assert fake.overlaps() == before
 
 
 F16, U8, F32 = jnp.float16, jnp.uint8, jnp.float32
