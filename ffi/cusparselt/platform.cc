@@ -15,9 +15,10 @@ struct Close {
 // Of cuda.h, CUDA 13.0.
 using CtxGetDevice = int(int* device);                                  // cuCtxGetDevice
 using DeviceGetAttribute = int(int* value, int attribute, int device);  // cuDeviceGetAttribute
-constexpr int kMajor = 75;       // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-constexpr int kMinor = 76;       // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-constexpr int kNoContext = 201;  // CUDA_ERROR_INVALID_CONTEXT
+constexpr int kMajor = 75;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+constexpr int kMinor = 76;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+constexpr int kNotInitialized = 3;  // CUDA_ERROR_NOT_INITIALIZED: it is loaded, and no more
+constexpr int kNoContext = 201;     // CUDA_ERROR_INVALID_CONTEXT
 
 // The driver that is loaded in this process, and what is asked of it.
 struct Driver {
@@ -63,7 +64,7 @@ ffi::ErrorOr<int> OnCuda::Device() {
   ESPARSE_RETURN_IF_ERROR(driver.Check());
   int device = 0;
   const int status = driver.get_device(&device);
-  if (status == kNoContext) return 0;
+  if (status == kNoContext || status == kNotInitialized) return 0;
   if (status != 0) return Failure{DriverError("which GPU is current", status)};
   return device;
 }

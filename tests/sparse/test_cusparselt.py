@@ -671,6 +671,50 @@ def test_what_cannot_be_opened_says_why(tmp_path, soname, define, expected):
     assert re.search(expected, message)
 
 
+DRIVER = """
+extern "C" {
+int status = 0, current = 0;
+int cuCtxGetDevice(int* device) { *device = current; return status; }
+int cuDeviceGetAttribute(int*, int, int) { return status; }
+}
+"""
+
+
+def test_where_no_gpu_is_current_it_is_the_first(tmp_path):
+    """With stand-ins of the driver and of the library; each GPU asked for has a context."""
+    library = fake_cusparselt.build(tmp_path, REAL_SONAME)
+    driver, source = tmp_path / "libcuda.so.1", tmp_path / "driver.cc"
+    source.write_text(DRIVER)
+    command = [fake_cusparselt.compiler(), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run([*command, str(source), "-o", str(driver)], check=True, timeout=300)
+    program = """
+        import ctypes, sys
+        from importlib.util import module_from_spec, spec_from_file_location
+        library, driver = ctypes.CDLL(sys.argv[2]), ctypes.CDLL(sys.argv[3])
+        spec = spec_from_file_location("_esparse_ffi", sys.argv[1])
+        extension = module_from_spec(spec)  # alone: JAX could load the machine's own driver
+        spec.loader.exec_module(extension)
+        extension.cusparselt_open(sys.argv[2])
+        def contexts(status, current):
+            ctypes.c_int.in_dll(driver, "status").value = status
+            ctypes.c_int.in_dll(driver, "current").value = current
+            extension.cusparselt_compressed_bytes(
+                out=64, channels=64, dtype="float16", on_host=False
+            )
+            return library.esparse_fake_calls(b"Init")
+        not_initialized, invalid_context, no_device = 3, 201, 100
+        print(contexts(0, 0), contexts(not_initialized, 5), contexts(invalid_context, 5))
+        print(contexts(0, 5))
+        try:
+            contexts(no_device, 5)
+        except RuntimeError as error:
+            print(error)
+    """
+    error = "the CUDA driver does not tell which GPU is current: error 100."
+    printed = run(program, EXTENSION.__file__, str(library), str(driver))
+    assert printed.splitlines() == ["1 1 1", "2", error]
+
+
 def test_without_the_library_the_way_to_get_it_is_named(monkeypatch):
     reason = "cuSPARSELt could not be opened: it is not there."
     monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: reason)
