@@ -51,12 +51,16 @@ class Fake:
     def __init__(self, file: Path):
         self.file = file
         self._library = ctypes.CDLL(str(file))
-        for name in ("calls", "overlaps", "alive", "last"):
+        for name in ("calls", "at_once", "overlaps", "alive", "last"):
             getattr(self._library, f"esparse_fake_{name}").restype = ctypes.c_int64
 
     def calls(self, call: str) -> int:
         """How often a function was called, by its name without cusparseLt."""
         return self._library.esparse_fake_calls(call.encode())
+
+    def at_once(self, call: str) -> int:
+        """How many calls of a function were under way at once, at the most."""
+        return self._library.esparse_fake_at_once(call.encode())
 
     def overlaps(self) -> int:
         """How many calls began inside another with the same handle, since the process began."""
@@ -69,6 +73,10 @@ class Fake:
     def last(self, name: str) -> int:
         """What the last product ran with."""
         return self._library.esparse_fake_last(name.encode())
+
+    def use_device(self, device: int) -> None:
+        """Makes a device current in this thread; 0 is to begin with."""
+        self._library.esparse_fake_set_device(device)
 
     def set(self, name: str, value: int) -> None:
         """Changes what the stand-in is like."""

@@ -58,10 +58,10 @@ py::tuple Open(const std::string& path, bool on_host) {
 // process: while a computation is traced no plan holds it yet, and each question would make one
 // anew.
 SharedContext CurrentContext(bool on_host) {
-  if (on_host)
-    return ValueOrThrow(Context::On(LoadedLibrary(true), ValueOrThrow(OnHost::Device())));
-  SharedContext context =
-      ValueOrThrow(Context::On(LoadedLibrary(false), ValueOrThrow(OnCuda::Device())));
+  const SharedLibrary library = LoadedLibrary(on_host);
+  const int device = ValueOrThrow(on_host ? OnHost::Device(*library) : OnCuda::Device(*library));
+  SharedContext context = ValueOrThrow(Context::On(library, device));
+  if (on_host) return context;
   static auto& mutex = *new std::mutex;
   static auto& kept = *new std::set<SharedContext>;  // never destroyed: the driver may be gone
   const std::lock_guard<std::mutex> lock(mutex);

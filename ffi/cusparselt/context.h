@@ -18,7 +18,8 @@ using SharedLibrary = std::shared_ptr<const Library>;
 class Context {
  public:
   // The context on the GPU that is current, by its number; made unless there is one. It is
-  // destroyed with the last plan that holds it.
+  // destroyed with the last plan that holds it. Threads that ask for the same meanwhile wait for
+  // it.
   static ffi::ErrorOr<std::shared_ptr<const Context>> On(SharedLibrary library, int device);
 
   Context(SharedLibrary library, Handle handle)

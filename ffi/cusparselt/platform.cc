@@ -45,6 +45,16 @@ ffi::Error DriverError(const char* what, int status) {
                               std::to_string(status) + ".");
 }
 
+// What the stand-in's function of this name answers.
+ffi::ErrorOr<int> Ask(const Library& library, const char* name) {
+  using Answer = int();
+  auto* answer = reinterpret_cast<Answer*>(library.Symbol(name));
+  if (answer == nullptr) {
+    return Failure{ffi::Error::Internal(library.path() + " is no stand-in for tests.")};
+  }
+  return answer();
+}
+
 }  // namespace
 
 ffi::ErrorOr<int> OnCuda::Architecture(const Library&) {
@@ -58,7 +68,7 @@ ffi::ErrorOr<int> OnCuda::Architecture(const Library&) {
   return 10 * major + minor;
 }
 
-ffi::ErrorOr<int> OnCuda::Device() {
+ffi::ErrorOr<int> OnCuda::Device(const Library&) {
   const Driver driver;
   if (driver.library == nullptr) return 0;  // then nothing is current
   ESPARSE_RETURN_IF_ERROR(driver.Check());
@@ -70,12 +80,11 @@ ffi::ErrorOr<int> OnCuda::Device() {
 }
 
 ffi::ErrorOr<int> OnHost::Architecture(const Library& library) {
-  using Answer = int();
-  auto* answer = reinterpret_cast<Answer*>(library.Symbol("esparse_fake_architecture"));
-  if (answer == nullptr) {
-    return Failure{ffi::Error::Internal(library.path() + " is no stand-in for tests.")};
-  }
-  return answer();
+  return Ask(library, "esparse_fake_architecture");
+}
+
+ffi::ErrorOr<int> OnHost::Device(const Library& library) {
+  return Ask(library, "esparse_fake_device");
 }
 
 }  // namespace esparse::cusparselt

@@ -468,6 +468,25 @@ def test_threads_destroy_and_use_what_shares_a_handle_in_turns(fake):
     assert fake.overlaps() == before
 
 
+def test_devices_make_their_contexts_at_the_same_time_and_one_each(fake):
+    fake.slow("Init", milliseconds=200)
+
+    def on(device):
+        fake.use_device(device)
+        _make_and_destroy_a_plan(device)
+
+    assert _together([lambda i=i: on(i) for i in range(4)]) == [None] * 4
+    assert fake.calls("Init") == 4
+    assert fake.at_once("Init") > 1
+    fake.reset()
+    fake.slow("Init", milliseconds=50)
+    weights = [weight24((64, 64), "float16", seed) for seed in range(4)]
+    x = random_x(8, 64)
+    compiled = [_product(weight).lower(x).compile() for weight in weights]
+    _together([lambda each=each: np.asarray(each(x)) for each in compiled])
+    assert fake.calls("Init") == 1
+
+
 @pytest.mark.parametrize("call", ["MatmulAlgGetAttribute", "MatmulPlanInit", "MatmulGetWorkspace"])
 def test_threads_destroy_half_made_plans_in_turns(fake, call):
     weight, x = weight24((64, 64), "float16"), random_x(8, 64)

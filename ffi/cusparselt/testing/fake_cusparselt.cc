@@ -68,7 +68,8 @@ struct World {
   std::map<const void*, int64_t> inside;         // calls under way, by their handle
   int64_t overlaps = 0;                          // calls that began inside another of their handle
   std::map<std::string, int64_t> calls;
-  std::map<std::string, int64_t> milliseconds;  // what a call takes, at least
+  std::map<std::string, int64_t> under_way, most_under_way;  // of each function
+  std::map<std::string, int64_t> milliseconds;               // what a call takes, at least
   std::map<std::string, int64_t> settings;
   std::map<std::string, int64_t> last;
   std::string failing_call;
@@ -80,6 +81,8 @@ World& TheWorld() {
   static World* world = new World;
   return *world;
 }
+
+thread_local int current_device = 0;
 
 int64_t Setting(const World& world, const std::string& name) {
   static const std::map<std::string, int64_t> kDefaults = {
@@ -94,12 +97,14 @@ int64_t Setting(const World& world, const std::string& name) {
 // overlap.
 class Call {
  public:
-  Call(const char* name, const void* object) {
+  Call(const char* name, const void* object) : name_(name) {
     World& world = TheWorld();
     std::unique_lock<std::mutex> lock(world.mutex);
     const auto maker = world.handle_of.find(object);
     handle_ = maker != world.handle_of.end() ? maker->second : object;
     if (world.inside[handle_]++ != 0) ++world.overlaps;
+    int64_t& most = world.most_under_way[name];
+    most = std::max(most, ++world.under_way[name]);
     const auto slow = world.milliseconds.find(name);
     const int64_t milliseconds = slow != world.milliseconds.end() ? slow->second : 0;
     lock.unlock();
@@ -109,10 +114,12 @@ class Call {
   ~Call() {
     World& world = TheWorld();
     const std::lock_guard<std::mutex> lock(world.mutex);
+    --world.under_way[name_];
     if (--world.inside[handle_] == 0) world.inside.erase(handle_);
   }
 
  private:
+  const char* name_;
   const void* handle_;
 };
 
@@ -536,11 +543,22 @@ FAKE_EXPORT int esparse_fake_architecture() {
   return static_cast<int>(Setting(world, "architecture"));
 }
 
+// The device that is current in this thread, and another instead.
+FAKE_EXPORT int esparse_fake_device() { return current_device; }
+FAKE_EXPORT void esparse_fake_set_device(int device) { current_device = device; }
+
 // How often a function was called, by its name without cusparseLt.
 FAKE_EXPORT int64_t esparse_fake_calls(const char* call) {
   World& world = TheWorld();
   const std::lock_guard<std::mutex> lock(world.mutex);
   return world.calls[call];
+}
+
+// How many calls of a function were under way at once, at the most.
+FAKE_EXPORT int64_t esparse_fake_at_once(const char* call) {
+  World& world = TheWorld();
+  const std::lock_guard<std::mutex> lock(world.mutex);
+  return world.most_under_way[call];
 }
 
 // How many calls began while another with the same handle, or with what was made by it, had not
@@ -599,6 +617,7 @@ FAKE_EXPORT void esparse_fake_reset() {
   World& world = TheWorld();
   const std::lock_guard<std::mutex> lock(world.mutex);
   world.calls.clear();
+  world.most_under_way.clear();
   world.milliseconds.clear();
   world.settings.clear();
   world.last.clear();
