@@ -139,8 +139,8 @@ double Time(int32_t device, int64_t rows, int64_t out, int64_t channels, const s
             int32_t algorithm, int32_t split_k, int32_t split_k_mode, int32_t split_k_buffers,
             uintptr_t x, uintptr_t blobs, int64_t copies, uintptr_t y, uintptr_t workspace,
             size_t workspace_bytes, int32_t launches, int32_t replays) {
+  const Problem problem = {rows, out, channels, TypeNamed(dtype)};
   Candidate candidate;
-  candidate.problem = {rows, out, channels, TypeNamed(dtype)};
   candidate.x = reinterpret_cast<const void*>(x);
   candidate.blobs = reinterpret_cast<const void*>(blobs);
   candidate.copies = copies;
@@ -151,7 +151,7 @@ double Time(int32_t device, int64_t rows, int64_t out, int64_t channels, const s
   const py::gil_scoped_release release;
   CurrentDevice current;
   ThrowIfError(current.Set(device));
-  const SharedPlan plan = CurrentPlan(/*on_host=*/false, candidate.problem, wanted);
+  const SharedPlan plan = CurrentPlan(/*on_host=*/false, problem, wanted);
   return ValueOrThrow(TimeCandidate(*plan, candidate, launches, replays));
 }
 #endif

@@ -90,8 +90,9 @@ ffi::ErrorOr<Plan> Plan::Create(SharedContext context, const Problem& problem,
                                 const Algorithm& algorithm) {
   Plan plan;
   plan.context_ = context;
+  plan.problem_ = problem;
   plan.owners_ = NothingIn<Owners>(std::move(context));
-  const ffi::Error error = plan.Build(problem, algorithm);
+  const ffi::Error error = plan.Build(algorithm);
   if (error.failure()) {
     std::ostringstream what;
     what << "The product is " << TextOf(problem) << ", with ";
@@ -107,20 +108,20 @@ ffi::ErrorOr<Plan> Plan::Create(SharedContext context, const Problem& problem,
   return ffi::ErrorOr<Plan>(std::move(plan));
 }
 
-ffi::Error Plan::Build(const Problem& problem, const Algorithm& algorithm) {
+ffi::Error Plan::Build(const Algorithm& algorithm) {
   const Library& library = context_->library();
   const Handle& handle = context_->handle();
   const auto lock = context_->Lock();
   // Without a transpose: x [row, channel] is B read with "op transpose", and y [row, out] is the
   // library's D [out, row] in column order, which is the same bytes.
   ESPARSE_ASSIGN_OR_RETURN(
-      weight, MakeSparse(library, handle, problem.out, problem.channels, problem.type));
+      weight, MakeSparse(library, handle, problem_.out, problem_.channels, problem_.type));
   owners_->weight = std::move(weight);
-  ESPARSE_ASSIGN_OR_RETURN(x, MakeDense(library, handle, problem.rows, problem.channels,
-                                        problem.channels, problem.type, kOrderRow));
+  ESPARSE_ASSIGN_OR_RETURN(x, MakeDense(library, handle, problem_.rows, problem_.channels,
+                                        problem_.channels, problem_.type, kOrderRow));
   owners_->x = std::move(x);
-  ESPARSE_ASSIGN_OR_RETURN(y, MakeDense(library, handle, problem.out, problem.rows, problem.out,
-                                        problem.type, kOrderColumn));
+  ESPARSE_ASSIGN_OR_RETURN(y, MakeDense(library, handle, problem_.out, problem_.rows, problem_.out,
+                                        problem_.type, kOrderColumn));
   owners_->y = std::move(y);
   owners_->matmul = std::make_unique<MatmulData>();
   ESPARSE_CUSPARSELT_CALL(library, MatmulDescriptorInit, handle.get(), owners_->matmul.get(),

@@ -41,6 +41,7 @@ class Plan {
   static ffi::ErrorOr<std::shared_ptr<const Plan>> Of(SharedContext context, const Problem& problem,
                                                       const Algorithm& algorithm);
 
+  const Problem& problem() const { return problem_; }
   size_t blob_bytes() const { return blob_bytes_; }
   size_t workspace_bytes() const { return workspace_bytes_; }
   int algorithms() const { return algorithms_; }  // ids are 0 .. algorithms() - 1
@@ -55,7 +56,7 @@ class Plan {
  private:
   static ffi::ErrorOr<Plan> Create(SharedContext context, const Problem& problem,
                                    const Algorithm& algorithm);
-  ffi::Error Build(const Problem& problem, const Algorithm& algorithm);
+  ffi::Error Build(const Algorithm& algorithm);
 
   struct Owners {
     Matrix weight, x, y;
@@ -65,6 +66,7 @@ class Plan {
   };
 
   SharedContext context_;
+  Problem problem_ = {};
   InContext<Owners> owners_;
   size_t blob_bytes_ = 0, workspace_bytes_ = 0;
   int algorithms_ = 0;
