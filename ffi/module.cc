@@ -77,7 +77,7 @@ py::dict Registrations() {
   return registrations;
 }
 
-// The target whose registration registers the recorded product, or nothing; see cuda/handlers.h.
+// The target whose registration registers all recorded targets, or nothing; see cuda/handlers.h.
 py::dict RecordRegistration() {
 #ifdef ESPARSE_CUBINS
   return Stages({{"execute", esparse::cuda::RegisterRecorded}});

@@ -51,12 +51,20 @@ class Fake:
     def __init__(self, file: Path):
         self.file = file
         self._library = ctypes.CDLL(str(file))
-        for name in ("calls", "alive", "last"):
+        for name in ("calls", "at_once", "overlaps", "alive", "last"):
             getattr(self._library, f"esparse_fake_{name}").restype = ctypes.c_int64
 
     def calls(self, call: str) -> int:
         """How often a function was called, by its name without cusparseLt."""
         return self._library.esparse_fake_calls(call.encode())
+
+    def at_once(self, call: str) -> int:
+        """How many calls of a function were under way at once, at the most."""
+        return self._library.esparse_fake_at_once(call.encode())
+
+    def overlaps(self) -> int:
+        """How many calls began inside another with the same handle, since the process began."""
+        return self._library.esparse_fake_overlaps()
 
     def alive(self) -> dict[str, int]:
         """How many objects of each kind there are."""
@@ -66,9 +74,18 @@ class Fake:
         """What the last product ran with."""
         return self._library.esparse_fake_last(name.encode())
 
+    def use_device(self, device: int) -> None:
+        """Makes a device current in this thread; 0 is to begin with."""
+        self._library.esparse_fake_set_device(device)
+
     def set(self, name: str, value: int) -> None:
         """Changes what the stand-in is like."""
         self._library.esparse_fake_set(name.encode(), ctypes.c_int64(value))
+
+    def slow(self, *calls: str, milliseconds: int) -> None:
+        """Lets every call of the functions take so long at least."""
+        for call in calls:
+            self._library.esparse_fake_slow(call.encode(), ctypes.c_int64(milliseconds))
 
     def fail(self, call: str, status: int = 10, skip: int = 0) -> None:
         """Lets a function fail from its call number `skip` on."""

@@ -58,10 +58,10 @@ py::tuple Open(const std::string& path, bool on_host) {
 // process: while a computation is traced no plan holds it yet, and each question would make one
 // anew.
 SharedContext CurrentContext(bool on_host) {
-  if (on_host)
-    return ValueOrThrow(Context::On(LoadedLibrary(true), ValueOrThrow(OnHost::Device())));
-  SharedContext context =
-      ValueOrThrow(Context::On(LoadedLibrary(false), ValueOrThrow(OnCuda::Device())));
+  const SharedLibrary library = LoadedLibrary(on_host);
+  const int device = ValueOrThrow(on_host ? OnHost::Device(*library) : OnCuda::Device(*library));
+  SharedContext context = ValueOrThrow(Context::On(library, device));
+  if (on_host) return context;
   static auto& mutex = *new std::mutex;
   static auto& kept = *new std::set<SharedContext>;  // never destroyed: the driver may be gone
   const std::lock_guard<std::mutex> lock(mutex);
@@ -101,17 +101,21 @@ py::dict DescribePlan(int64_t rows, int64_t out, int64_t channels, const std::st
   const Problem problem = {rows, out, channels, TypeNamed(dtype)};
   const Algorithm wanted = {algorithm, split_k, split_k_mode, split_k_buffers};
   Algorithm chosen;  // stays empty if the library does not tell
-  const SharedPlan plan = [&] {
-    const py::gil_scoped_release release;
-    SharedPlan found = CurrentPlan(on_host, problem, wanted);
-    const ffi::ErrorOr<Algorithm> answer = found->Chosen();
+  int algorithms = 0;
+  size_t workspace_bytes = 0, blob_bytes = 0;
+  {
+    const py::gil_scoped_release release;  // to the end of the plan, which waits for its turn
+    const SharedPlan plan = CurrentPlan(on_host, problem, wanted);
+    const ffi::ErrorOr<Algorithm> answer = plan->Chosen();
     if (answer.has_value()) chosen = *answer;
-    return found;
-  }();
+    algorithms = plan->algorithms();
+    workspace_bytes = plan->workspace_bytes();
+    blob_bytes = plan->blob_bytes();
+  }
   py::dict facts;
-  facts["algorithms"] = plan->algorithms();
-  facts["workspace_bytes"] = plan->workspace_bytes();
-  facts["blob_bytes"] = plan->blob_bytes();
+  facts["algorithms"] = algorithms;
+  facts["workspace_bytes"] = workspace_bytes;
+  facts["blob_bytes"] = blob_bytes;
   facts["algorithm"] = chosen.id;
   facts["split_k"] = chosen.split_k;
   facts["split_k_mode"] = chosen.split_k_mode;
@@ -121,11 +125,13 @@ py::dict DescribePlan(int64_t rows, int64_t out, int64_t channels, const std::st
 
 py::tuple CompressedBytes(int64_t out, int64_t channels, const std::string& dtype, bool on_host) {
   const int type = TypeNamed(dtype);
-  const Compression compression = [&] {
+  const auto [blob_bytes, workspace_bytes] = [&] {
     const py::gil_scoped_release release;
-    return ValueOrThrow(Compression::Create(CurrentContext(on_host), out, channels, type));
+    const auto compression =
+        ValueOrThrow(Compression::Create(CurrentContext(on_host), out, channels, type));
+    return std::make_pair(compression.blob_bytes(), compression.workspace_bytes());
   }();
-  return py::make_tuple(compression.blob_bytes(), compression.workspace_bytes());
+  return py::make_tuple(blob_bytes, workspace_bytes);
 }
 
 #ifdef ESPARSE_CUDA
@@ -133,8 +139,8 @@ double Time(int32_t device, int64_t rows, int64_t out, int64_t channels, const s
             int32_t algorithm, int32_t split_k, int32_t split_k_mode, int32_t split_k_buffers,
             uintptr_t x, uintptr_t blobs, int64_t copies, uintptr_t y, uintptr_t workspace,
             size_t workspace_bytes, int32_t launches, int32_t replays) {
+  const Problem problem = {rows, out, channels, TypeNamed(dtype)};
   Candidate candidate;
-  candidate.problem = {rows, out, channels, TypeNamed(dtype)};
   candidate.x = reinterpret_cast<const void*>(x);
   candidate.blobs = reinterpret_cast<const void*>(blobs);
   candidate.copies = copies;
@@ -145,7 +151,7 @@ double Time(int32_t device, int64_t rows, int64_t out, int64_t channels, const s
   const py::gil_scoped_release release;
   CurrentDevice current;
   ThrowIfError(current.Set(device));
-  const SharedPlan plan = CurrentPlan(/*on_host=*/false, candidate.problem, wanted);
+  const SharedPlan plan = CurrentPlan(/*on_host=*/false, problem, wanted);
   return ValueOrThrow(TimeCandidate(*plan, candidate, launches, replays));
 }
 #endif

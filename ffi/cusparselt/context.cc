@@ -6,18 +6,34 @@
 
 namespace esparse::cusparselt {
 
-ffi::ErrorOr<SharedContext> Context::On(SharedLibrary library, int device) {
-  using Key = std::pair<std::string, int>;  // the library's file, and the GPU
+namespace {
+
+// A context that was asked for. Its mutex is held while it is made, the table's is not: GPUs do not
+// wait for each other.
+struct Entry {
+  std::mutex mutex;
+  std::weak_ptr<const Context> context;
+};
+
+// The entry of a GPU with the library in a file: one each, which stays.
+Entry& EntryOf(const std::string& path, int device) {
   // Never destroyed, so that threads may end after the process has begun to.
   static auto& mutex = *new std::mutex;
-  static auto& contexts = *new std::map<Key, std::weak_ptr<const Context>>;
+  static auto& entries = *new std::map<std::pair<std::string, int>, Entry>;
   const std::lock_guard<std::mutex> lock(mutex);
-  std::weak_ptr<const Context>& known = contexts[{library->path(), device}];
-  SharedContext context = known.lock();
+  return entries[{path, device}];
+}
+
+}  // namespace
+
+ffi::ErrorOr<SharedContext> Context::On(SharedLibrary library, int device) {
+  Entry& entry = EntryOf(library->path(), device);
+  const std::lock_guard<std::mutex> lock(entry.mutex);
+  SharedContext context = entry.context.lock();
   if (context == nullptr) {
     ESPARSE_ASSIGN_OR_RETURN(handle, MakeHandle(*library));
     context = std::make_shared<const Context>(std::move(library), std::move(handle));
-    known = context;
+    entry.context = context;
   }
   return context;
 }

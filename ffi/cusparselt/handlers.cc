@@ -181,7 +181,7 @@ ffi::ErrorOr<SharedPlan> PlanOf(const MatmulState<Platform>& state, const ffi::A
                                    " and y ", Describe(y), ".")};
   }
   ESPARSE_RETURN_IF_ERROR(CheckReader<Platform>(*state.library, state.readers));
-  ESPARSE_ASSIGN_OR_RETURN(current, Platform::Device());
+  ESPARSE_ASSIGN_OR_RETURN(current, Platform::Device(*state.library));
   ESPARSE_ASSIGN_OR_RETURN(context, Context::On(state.library, current));
   ESPARSE_ASSIGN_OR_RETURN(plan, Plan::Of(context, problem, state.algorithm));
   if (blob.element_count() != plan->blob_bytes()) {
@@ -244,7 +244,7 @@ ffi::ErrorOr<std::shared_ptr<const Compression>> MakeCompression(
   ESPARSE_RETURN_IF_ERROR(CheckMatrix("weight", weight));
   ESPARSE_RETURN_IF_ERROR(CheckBytes("blob", blob));
   ESPARSE_ASSIGN_OR_RETURN(type, TypeOf(weight, "weight"));
-  ESPARSE_ASSIGN_OR_RETURN(current, Platform::Device());
+  ESPARSE_ASSIGN_OR_RETURN(current, Platform::Device(*state.library));
   ESPARSE_ASSIGN_OR_RETURN(context, Context::On(state.library, current));
   ESPARSE_ASSIGN_OR_RETURN(compression, Compression::Create(context, weight.dimensions()[0],
                                                             weight.dimensions()[1], type));

@@ -2,7 +2,9 @@
 //
 // The library's objects know each other by address, so they stay where they were made: an owner can
 // be moved, what it owns cannot. Destroy in the reverse order of creation, that is, declare owners
-// in the order of creation. An error while destroying has nobody to go to and is ignored.
+// in the order of creation. That is a call with the context's handle like any other, so it is done
+// under the context's lock (InContext, context.h). An error while destroying has nobody to go to
+// and is ignored.
 #ifndef ESPARSE_FFI_CUSPARSELT_HANDLES_H_
 #define ESPARSE_FFI_CUSPARSELT_HANDLES_H_
 

@@ -89,8 +89,10 @@ ffi::ErrorOr<SharedPlan> Plan::Of(SharedContext context, const Problem& problem,
 ffi::ErrorOr<Plan> Plan::Create(SharedContext context, const Problem& problem,
                                 const Algorithm& algorithm) {
   Plan plan;
-  plan.context_ = std::move(context);
-  const ffi::Error error = plan.Build(problem, algorithm);
+  plan.context_ = context;
+  plan.problem_ = problem;
+  plan.owners_ = NothingIn<Owners>(std::move(context));
+  const ffi::Error error = plan.Build(algorithm);
   if (error.failure()) {
     std::ostringstream what;
     what << "The product is " << TextOf(problem) << ", with ";
@@ -106,35 +108,36 @@ ffi::ErrorOr<Plan> Plan::Create(SharedContext context, const Problem& problem,
   return ffi::ErrorOr<Plan>(std::move(plan));
 }
 
-ffi::Error Plan::Build(const Problem& problem, const Algorithm& algorithm) {
+ffi::Error Plan::Build(const Algorithm& algorithm) {
   const Library& library = context_->library();
   const Handle& handle = context_->handle();
   const auto lock = context_->Lock();
   // Without a transpose: x [row, channel] is B read with "op transpose", and y [row, out] is the
   // library's D [out, row] in column order, which is the same bytes.
   ESPARSE_ASSIGN_OR_RETURN(
-      weight, MakeSparse(library, handle, problem.out, problem.channels, problem.type));
-  weight_ = std::move(weight);
-  ESPARSE_ASSIGN_OR_RETURN(x, MakeDense(library, handle, problem.rows, problem.channels,
-                                        problem.channels, problem.type, kOrderRow));
-  x_ = std::move(x);
-  ESPARSE_ASSIGN_OR_RETURN(y, MakeDense(library, handle, problem.out, problem.rows, problem.out,
-                                        problem.type, kOrderColumn));
-  y_ = std::move(y);
-  matmul_ = std::make_unique<MatmulData>();
-  ESPARSE_CUSPARSELT_CALL(library, MatmulDescriptorInit, handle.get(), matmul_.get(), kNonTranspose,
-                          kTranspose, weight_.get(), x_.get(), y_.get(), y_.get(), kCompute32F);
+      weight, MakeSparse(library, handle, problem_.out, problem_.channels, problem_.type));
+  owners_->weight = std::move(weight);
+  ESPARSE_ASSIGN_OR_RETURN(x, MakeDense(library, handle, problem_.rows, problem_.channels,
+                                        problem_.channels, problem_.type, kOrderRow));
+  owners_->x = std::move(x);
+  ESPARSE_ASSIGN_OR_RETURN(y, MakeDense(library, handle, problem_.out, problem_.rows, problem_.out,
+                                        problem_.type, kOrderColumn));
+  owners_->y = std::move(y);
+  owners_->matmul = std::make_unique<MatmulData>();
+  ESPARSE_CUSPARSELT_CALL(library, MatmulDescriptorInit, handle.get(), owners_->matmul.get(),
+                          kNonTranspose, kTranspose, owners_->weight.get(), owners_->x.get(),
+                          owners_->y.get(), owners_->y.get(), kCompute32F);
   ESPARSE_ASSIGN_OR_RETURN(
       selection, Make<SelectionData>(library.functions().MatmulAlgSelectionDestroy,
                                      [&](SelectionData* data) -> ffi::Error {
-                                       ESPARSE_CUSPARSELT_CALL(library, MatmulAlgSelectionInit,
-                                                               handle.get(), data, matmul_.get(),
-                                                               kDefaultSelection);
+                                       ESPARSE_CUSPARSELT_CALL(
+                                           library, MatmulAlgSelectionInit, handle.get(), data,
+                                           owners_->matmul.get(), kDefaultSelection);
                                        return ffi::Error::Success();
                                      }));
-  selection_ = std::move(selection);
+  owners_->selection = std::move(selection);
 
-  ESPARSE_RETURN_IF_ERROR(Get(library, handle, selection_, kConfigMaxId, &algorithms_));
+  ESPARSE_RETURN_IF_ERROR(Get(library, handle, owners_->selection, kConfigMaxId, &algorithms_));
   if (algorithm.id >= algorithms_) {
     return InvalidArgument("cuSPARSELt ", VersionName(library.version()),
                            " has the algorithms 0 to ", algorithms_ - 1,
@@ -146,25 +149,27 @@ ffi::Error Plan::Build(const Problem& problem, const Algorithm& algorithm) {
       {kSplitKMode, algorithm.split_k_mode},
       {kSplitKBuffers, algorithm.split_k_buffers}};
   if (algorithm.id >= 0) {
-    ESPARSE_RETURN_IF_ERROR(Set(library, handle, selection_, kConfigId, algorithm.id));
+    ESPARSE_RETURN_IF_ERROR(Set(library, handle, owners_->selection, kConfigId, algorithm.id));
   }
   for (const auto& [attribute, value] : wanted) {
-    if (value != 0) ESPARSE_RETURN_IF_ERROR(Set(library, handle, selection_, attribute, value));
+    if (value != 0) {
+      ESPARSE_RETURN_IF_ERROR(Set(library, handle, owners_->selection, attribute, value));
+    }
   }
 
   ESPARSE_ASSIGN_OR_RETURN(
       plan,
       Make<PlanData>(library.functions().MatmulPlanDestroy, [&](PlanData* data) -> ffi::Error {
-        ESPARSE_CUSPARSELT_CALL(library, MatmulPlanInit, handle.get(), data, matmul_.get(),
-                                selection_.get());
+        ESPARSE_CUSPARSELT_CALL(library, MatmulPlanInit, handle.get(), data, owners_->matmul.get(),
+                                owners_->selection.get());
         return ffi::Error::Success();
       }));
-  plan_ = std::move(plan);
-  ESPARSE_CUSPARSELT_CALL(library, MatmulGetWorkspace, handle.get(), plan_.get(),
+  owners_->plan = std::move(plan);
+  ESPARSE_CUSPARSELT_CALL(library, MatmulGetWorkspace, handle.get(), owners_->plan.get(),
                           &workspace_bytes_);
   size_t buffer_bytes = 0;
-  ESPARSE_CUSPARSELT_CALL(library, SpMMACompressedSize2, handle.get(), weight_.get(), &blob_bytes_,
-                          &buffer_bytes);
+  ESPARSE_CUSPARSELT_CALL(library, SpMMACompressedSize2, handle.get(), owners_->weight.get(),
+                          &blob_bytes_, &buffer_bytes);
   return ffi::Error::Success();
 }
 
@@ -178,7 +183,7 @@ ffi::ErrorOr<Algorithm> Plan::Chosen() const {
   const auto lock = context_->Lock();
   for (const auto& [attribute, value] : attributes) {
     ESPARSE_RETURN_IF_ERROR(
-        Get(context_->library(), context_->handle(), selection_, attribute, value));
+        Get(context_->library(), context_->handle(), owners_->selection, attribute, value));
   }
   return chosen;
 }
@@ -188,23 +193,24 @@ ffi::Error Plan::Run(const void* blob, const void* x, void* y, void* workspace,
   const float alpha = 1.0f, beta = 0.0f;
   const auto lock = context_->Lock();
   // C is D: with beta = 0 it is not read.
-  ESPARSE_CUSPARSELT_CALL(context_->library(), Matmul, context_->handle().get(), plan_.get(),
-                          &alpha, blob, x, &beta, y, y, workspace_bytes_ == 0 ? nullptr : workspace,
-                          &stream, 1);
+  ESPARSE_CUSPARSELT_CALL(context_->library(), Matmul, context_->handle().get(),
+                          owners_->plan.get(), &alpha, blob, x, &beta, y, y,
+                          workspace_bytes_ == 0 ? nullptr : workspace, &stream, 1);
   return ffi::Error::Success();
 }
 
 ffi::ErrorOr<Compression> Compression::Create(SharedContext context, int64_t out, int64_t channels,
                                               int type) {
   Compression compression;
-  compression.context_ = std::move(context);
+  compression.context_ = context;
+  compression.weight_ = NothingIn<Matrix>(std::move(context));
   const auto build = [&]() -> ffi::Error {
     const Library& vendor = compression.context_->library();
     const Handle& handle = compression.context_->handle();
     const auto lock = compression.context_->Lock();
     ESPARSE_ASSIGN_OR_RETURN(weight, MakeSparse(vendor, handle, out, channels, type));
-    compression.weight_ = std::move(weight);
-    ESPARSE_CUSPARSELT_CALL(vendor, SpMMACompressedSize2, handle.get(), compression.weight_.get(),
+    *compression.weight_ = std::move(weight);
+    ESPARSE_CUSPARSELT_CALL(vendor, SpMMACompressedSize2, handle.get(), compression.weight_->get(),
                             &compression.blob_bytes_, &compression.workspace_bytes_);
     return ffi::Error::Success();
   };
@@ -222,7 +228,7 @@ ffi::Error Compression::Run(const void* dense, void* blob, void* workspace, Stre
   constexpr int kWeightIsA = 1;
   const auto lock = context_->Lock();
   ESPARSE_CUSPARSELT_CALL(context_->library(), SpMMACompress2, context_->handle().get(),
-                          weight_.get(), kWeightIsA, kNonTranspose, dense, blob,
+                          weight_->get(), kWeightIsA, kNonTranspose, dense, blob,
                           workspace_bytes_ == 0 ? nullptr : workspace, stream);
   return ffi::Error::Success();
 }

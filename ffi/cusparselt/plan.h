@@ -41,6 +41,7 @@ class Plan {
   static ffi::ErrorOr<std::shared_ptr<const Plan>> Of(SharedContext context, const Problem& problem,
                                                       const Algorithm& algorithm);
 
+  const Problem& problem() const { return problem_; }
   size_t blob_bytes() const { return blob_bytes_; }
   size_t workspace_bytes() const { return workspace_bytes_; }
   int algorithms() const { return algorithms_; }  // ids are 0 .. algorithms() - 1
@@ -55,13 +56,18 @@ class Plan {
  private:
   static ffi::ErrorOr<Plan> Create(SharedContext context, const Problem& problem,
                                    const Algorithm& algorithm);
-  ffi::Error Build(const Problem& problem, const Algorithm& algorithm);
+  ffi::Error Build(const Algorithm& algorithm);
+
+  struct Owners {
+    Matrix weight, x, y;
+    Matmul matmul;
+    Selection selection;
+    PlanHandle plan;
+  };
 
   SharedContext context_;
-  Matrix weight_, x_, y_;
-  Matmul matmul_;
-  Selection selection_;
-  PlanHandle plan_;
+  Problem problem_ = {};
+  InContext<Owners> owners_;
   size_t blob_bytes_ = 0, workspace_bytes_ = 0;
   int algorithms_ = 0;
 };
@@ -83,7 +89,7 @@ class Compression {
 
  private:
   SharedContext context_;
-  Matrix weight_;
+  InContext<Matrix> weight_;
   size_t blob_bytes_ = 0, workspace_bytes_ = 0;
 };
 

@@ -15,9 +15,10 @@ struct Close {
 // Of cuda.h, CUDA 13.0.
 using CtxGetDevice = int(int* device);                                  // cuCtxGetDevice
 using DeviceGetAttribute = int(int* value, int attribute, int device);  // cuDeviceGetAttribute
-constexpr int kMajor = 75;       // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-constexpr int kMinor = 76;       // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-constexpr int kNoContext = 201;  // CUDA_ERROR_INVALID_CONTEXT
+constexpr int kMajor = 75;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+constexpr int kMinor = 76;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+constexpr int kNotInitialized = 3;  // CUDA_ERROR_NOT_INITIALIZED: it is loaded, and no more
+constexpr int kNoContext = 201;     // CUDA_ERROR_INVALID_CONTEXT
 
 // The driver that is loaded in this process, and what is asked of it.
 struct Driver {
@@ -44,6 +45,16 @@ ffi::Error DriverError(const char* what, int status) {
                               std::to_string(status) + ".");
 }
 
+// What the stand-in's function of this name answers.
+ffi::ErrorOr<int> Ask(const Library& library, const char* name) {
+  using Answer = int();
+  auto* answer = reinterpret_cast<Answer*>(library.Symbol(name));
+  if (answer == nullptr) {
+    return Failure{ffi::Error::Internal(library.path() + " is no stand-in for tests.")};
+  }
+  return answer();
+}
+
 }  // namespace
 
 ffi::ErrorOr<int> OnCuda::Architecture(const Library&) {
@@ -57,24 +68,23 @@ ffi::ErrorOr<int> OnCuda::Architecture(const Library&) {
   return 10 * major + minor;
 }
 
-ffi::ErrorOr<int> OnCuda::Device() {
+ffi::ErrorOr<int> OnCuda::Device(const Library&) {
   const Driver driver;
   if (driver.library == nullptr) return 0;  // then nothing is current
   ESPARSE_RETURN_IF_ERROR(driver.Check());
   int device = 0;
   const int status = driver.get_device(&device);
-  if (status == kNoContext) return 0;
+  if (status == kNoContext || status == kNotInitialized) return 0;
   if (status != 0) return Failure{DriverError("which GPU is current", status)};
   return device;
 }
 
 ffi::ErrorOr<int> OnHost::Architecture(const Library& library) {
-  using Answer = int();
-  auto* answer = reinterpret_cast<Answer*>(library.Symbol("esparse_fake_architecture"));
-  if (answer == nullptr) {
-    return Failure{ffi::Error::Internal(library.path() + " is no stand-in for tests.")};
-  }
-  return answer();
+  return Ask(library, "esparse_fake_architecture");
+}
+
+ffi::ErrorOr<int> OnHost::Device(const Library& library) {
+  return Ask(library, "esparse_fake_device");
 }
 
 }  // namespace esparse::cusparselt

@@ -19,7 +19,7 @@ struct OnCuda {
 
   // The number of that GPU, which the driver gives it; where none is current yet, the first one's,
   // which is what a call of the CUDA runtime makes current.
-  static ffi::ErrorOr<int> Device();
+  static ffi::ErrorOr<int> Device(const Library& library);
 };
 
 struct OnHost {
@@ -28,8 +28,9 @@ struct OnHost {
   // What the stand-in says.
   static ffi::ErrorOr<int> Architecture(const Library& library);
 
-  // There is one host, however many devices XLA makes of it.
-  static ffi::ErrorOr<int> Device() { return 0; }
+  // What the stand-in says of this thread: 0, unless a test has several. There is one host, however
+  // many devices XLA makes of it.
+  static ffi::ErrorOr<int> Device(const Library& library);
 };
 
 }  // namespace esparse::cusparselt

@@ -19,7 +19,7 @@ ffi::Error Check(const Candidate& candidate, const Plan& plan, int32_t launches,
   const int64_t bytes = static_cast<int64_t>(plan.blob_bytes());
   // Between two uses of a copy the others, x and y go through the cache. A single launch is not a
   // time to compare: it shows whether the algorithm computes, and its order of magnitude.
-  const Problem& problem = candidate.problem;
+  const Problem& problem = plan.problem();
   const int64_t needed = kLeastBytes - 2 * problem.rows * (problem.channels + problem.out);
   if (launches > 1 && candidate.copies * bytes < needed) {
     return InvalidArgument(candidate.copies, " copies of ", bytes, " bytes may stay in the GPU's ",
@@ -33,8 +33,8 @@ ffi::Error Check(const Candidate& candidate, const Plan& plan, int32_t launches,
                            kAlignment, " bytes.");
   }
   if (candidate.workspace_bytes < plan.workspace_bytes()) {
-    return InvalidArgument(TextOf(candidate.problem), " needs a workspace of ",
-                           plan.workspace_bytes(), " bytes; got ", candidate.workspace_bytes, ".");
+    return InvalidArgument(TextOf(problem), " needs a workspace of ", plan.workspace_bytes(),
+                           " bytes; got ", candidate.workspace_bytes, ".");
   }
   const std::pair<const char*, const void*> buffers[] = {{"x", candidate.x},
                                                          {"blobs", candidate.blobs},

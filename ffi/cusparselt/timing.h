@@ -28,7 +28,6 @@ class CurrentDevice {
 
 // Memory on the GPU, all of it aligned to kAlignment bytes.
 struct Candidate {
-  Problem problem;  // the plan's
   const void* x;
   const void* blobs;  // `copies` of them, back to back
   int64_t copies;

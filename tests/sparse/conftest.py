@@ -23,8 +23,13 @@ def stand_in(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fake(stand_in, monkeypatch):
-    """The stand-in in use as the library; what executables make of it must go with them."""
+    """The stand-in in use as the library.
+
+    What executables make of it must go with them, and no two threads may use a handle at once.
+    """
     with fake_cusparselt.used_on_host(stand_in, monkeypatch) as fake:
         assert fake.alive() == fake_cusparselt.NONE_ALIVE
+        overlaps = fake.overlaps()
         yield fake
     assert fake.alive() == fake_cusparselt.NONE_ALIVE, "an executable left objects behind"
+    assert fake.overlaps() == overlaps, "calls with one handle ran at the same time"

@@ -391,7 +391,6 @@ def test_threads_make_one_plan_and_take_turns_with_it(fake):
         for y in results:
             np.testing.assert_array_equal(np.asarray(y.result()), first)
     assert fake.calls("Matmul") == 32
-    assert fake.calls("Matmul of a plan in use") == 0
     assert fake.calls("MatmulPlanInit") == 1
     assert fake.alive() == ONE_PRODUCT
 
@@ -412,7 +411,7 @@ def _together(calls: list) -> list:
 
 
 def test_threads_with_executables_of_their_own_make_one_plan(fake):
-    fake.set("plan_milliseconds", 50)  # the others come while one makes it
+    fake.slow("MatmulPlanInit", milliseconds=50)  # the others come while one makes it
     weights = [weight24((192, 192), "float16", seed) for seed in range(6)]
     x = random_x(64, 192)
     compiled = [_product(weight).lower(x).compile() for weight in weights]
@@ -421,12 +420,11 @@ def test_threads_with_executables_of_their_own_make_one_plan(fake):
         for y, weight in zip(results, weights, strict=True):
             assert_product(y, x, weight)
     assert fake.calls("MatmulPlanInit") == 1
-    assert fake.calls("Matmul of a plan in use") == 0
     assert fake.alive() == ONE_PRODUCT
 
 
 def test_threads_do_not_share_the_failure_of_one(fake):
-    fake.set("plan_milliseconds", 20)
+    fake.slow("MatmulPlanInit", milliseconds=20)
     weight, x = weight24((64, 64), "float16"), random_x(8, 64)
     compiled = [_product(weight).lower(x).compile() for _ in range(4)]
     fake.fail("MatmulPlanInit")
@@ -438,6 +436,74 @@ def test_threads_do_not_share_the_failure_of_one(fake):
     for y in _together([lambda each=each: np.asarray(each(x)) for each in compiled]):
         assert_product(y, x, weight)
     assert fake.calls("MatmulPlanInit") == 5
+
+
+def _make_and_destroy_a_plan(algorithm: int):
+    """Nothing but the question holds the plan."""
+    return _ffi_cusparselt.describe_plan(
+        rows=8, out=64, channels=64, dtype=np.dtype("float16"), algorithm=Algorithm(id=algorithm)
+    )
+
+
+def _make_and_destroy_a_compression():
+    return EXTENSION.cusparselt_compressed_bytes(out=64, channels=64, dtype="float16", on_host=True)
+
+
+DESTROYING = ("MatmulPlanDestroy", "MatmulAlgSelectionDestroy", "MatDescriptorDestroy")
+
+
+def test_threads_destroy_and_use_what_shares_a_handle_in_turns(fake):
+    weight, x = weight24((64, 64), "float16"), random_x(8, 64)
+    product = _product(weight).lower(x).compile()
+    assert_product(product(x), x, weight)  # holds the context from here on
+    fake.slow(*DESTROYING, "MatmulPlanInit", "Matmul", milliseconds=2)
+    before = fake.overlaps()
+    calls = [lambda i=i: _make_and_destroy_a_plan(i) for i in range(4)]
+    calls += [_make_and_destroy_a_compression, lambda: np.asarray(product(x))] * 3
+    for _ in range(5):
+        assert not [each for each in _together(calls) if isinstance(each, Exception)]
+    assert fake.calls("MatmulPlanDestroy") == 20
+    assert fake.calls("MatDescriptorDestroy") == 20 * 3 + 15
+    assert fake.calls("Init") == 1
+    assert fake.overlaps() == before
+
+
+def test_devices_make_their_contexts_at_the_same_time_and_one_each(fake):
+    fake.slow("Init", milliseconds=200)
+
+    def on(device):
+        fake.use_device(device)
+        _make_and_destroy_a_plan(device)
+
+    assert _together([lambda i=i: on(i) for i in range(4)]) == [None] * 4
+    assert fake.calls("Init") == 4
+    assert fake.at_once("Init") > 1
+    fake.reset()
+    fake.slow("Init", milliseconds=50)
+    weights = [weight24((64, 64), "float16", seed) for seed in range(4)]
+    x = random_x(8, 64)
+    compiled = [_product(weight).lower(x).compile() for weight in weights]
+    _together([lambda each=each: np.asarray(each(x)) for each in compiled])
+    assert fake.calls("Init") == 1
+
+
+@pytest.mark.parametrize("call", ["MatmulAlgGetAttribute", "MatmulPlanInit", "MatmulGetWorkspace"])
+def test_threads_destroy_half_made_plans_in_turns(fake, call):
+    weight, x = weight24((64, 64), "float16"), random_x(8, 64)
+    product = _product(weight).lower(x).compile()
+    product(x).block_until_ready()
+    alive, before = fake.alive(), fake.overlaps()
+    fake.slow(*DESTROYING, milliseconds=2)
+    fake.fail(call)
+
+    def fails(algorithm):
+        with pytest.raises(RuntimeError, match=f"cusparseLt{call} .* algorithm {algorithm}, split"):
+            _make_and_destroy_a_plan(algorithm)
+
+    for _ in range(3):
+        _together([lambda i=i: fails(i) for i in range(6)])
+    assert fake.alive() == alive
+    assert fake.overlaps() == before
 
 
 F16, U8, F32 = jnp.float16, jnp.uint8, jnp.float32
@@ -622,6 +688,50 @@ def test_what_cannot_be_opened_says_why(tmp_path, soname, define, expected):
     message = run(program, EXTENSION.__file__, str(file))
     assert str(file) in message
     assert re.search(expected, message)
+
+
+DRIVER = """
+extern "C" {
+int status = 0, current = 0;
+int cuCtxGetDevice(int* device) { *device = current; return status; }
+int cuDeviceGetAttribute(int*, int, int) { return status; }
+}
+"""
+
+
+def test_where_no_gpu_is_current_it_is_the_first(tmp_path):
+    """With stand-ins of the driver and of the library; each GPU asked for has a context."""
+    library = fake_cusparselt.build(tmp_path, REAL_SONAME)
+    driver, source = tmp_path / "libcuda.so.1", tmp_path / "driver.cc"
+    source.write_text(DRIVER)
+    command = [fake_cusparselt.compiler(), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run([*command, str(source), "-o", str(driver)], check=True, timeout=300)
+    program = """
+        import ctypes, sys
+        from importlib.util import module_from_spec, spec_from_file_location
+        library, driver = ctypes.CDLL(sys.argv[2]), ctypes.CDLL(sys.argv[3])
+        spec = spec_from_file_location("_esparse_ffi", sys.argv[1])
+        extension = module_from_spec(spec)  # alone: JAX could load the machine's own driver
+        spec.loader.exec_module(extension)
+        extension.cusparselt_open(sys.argv[2])
+        def contexts(status, current):
+            ctypes.c_int.in_dll(driver, "status").value = status
+            ctypes.c_int.in_dll(driver, "current").value = current
+            extension.cusparselt_compressed_bytes(
+                out=64, channels=64, dtype="float16", on_host=False
+            )
+            return library.esparse_fake_calls(b"Init")
+        not_initialized, invalid_context, no_device = 3, 201, 100
+        print(contexts(0, 0), contexts(not_initialized, 5), contexts(invalid_context, 5))
+        print(contexts(0, 5))
+        try:
+            contexts(no_device, 5)
+        except RuntimeError as error:
+            print(error)
+    """
+    error = "the CUDA driver does not tell which GPU is current: error 100."
+    printed = run(program, EXTENSION.__file__, str(library), str(driver))
+    assert printed.splitlines() == ["1 1 1", "2", error]
 
 
 def test_without_the_library_the_way_to_get_it_is_named(monkeypatch):

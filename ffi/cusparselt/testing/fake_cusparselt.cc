@@ -11,7 +11,6 @@
 //   c++ -std=c++17 -shared -fPIC -I ffi -Wl,-soname,NAME fake_cusparselt.cc -o NAME
 // FAKE_VERSION=701 makes it an older one, FAKE_WITHOUT_COMPRESS one that lacks a function.
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
@@ -55,7 +54,6 @@ struct PlanFacts {
   SelectionFacts selection;
   MatmulFacts matmul;
   MatrixFacts a, b, d;
-  std::atomic<int>* users;  // threads inside Matmul with this plan
 };
 
 // All there is to know of this process's use of the library.
@@ -66,7 +64,12 @@ struct World {
   std::map<const void*, MatmulFacts> matmuls;  // never destroyed: the interface has no call for it
   std::map<const void*, SelectionFacts> selections;
   std::map<const void*, PlanFacts> plans;
+  std::map<const void*, const void*> handle_of;  // of a matrix, selection or plan
+  std::map<const void*, int64_t> inside;         // calls under way, by their handle
+  int64_t overlaps = 0;                          // calls that began inside another of their handle
   std::map<std::string, int64_t> calls;
+  std::map<std::string, int64_t> under_way, most_under_way;  // of each function
+  std::map<std::string, int64_t> milliseconds;               // what a call takes, at least
   std::map<std::string, int64_t> settings;
   std::map<std::string, int64_t> last;
   std::string failing_call;
@@ -79,14 +82,46 @@ World& TheWorld() {
   return *world;
 }
 
+thread_local int current_device = 0;
+
 int64_t Setting(const World& world, const std::string& name) {
   static const std::map<std::string, int64_t> kDefaults = {
       {"architecture", 90},       {"algorithms", 8}, {"workspace", 0},
-      {"compress_workspace", 48}, {"scrambled", 0},  {"default_algorithm", 2},
-      {"plan_milliseconds", 0}};
+      {"compress_workspace", 48}, {"scrambled", 0},  {"default_algorithm", 2}};
   const auto found = world.settings.find(name);
   return found != world.settings.end() ? found->second : kDefaults.at(name);
 }
+
+// A call with a handle, or with what was made by one, from its begin to its end. The real library
+// has no lock in it, so here too the callers have to see to it that a handle's calls do not
+// overlap.
+class Call {
+ public:
+  Call(const char* name, const void* object) : name_(name) {
+    World& world = TheWorld();
+    std::unique_lock<std::mutex> lock(world.mutex);
+    const auto maker = world.handle_of.find(object);
+    handle_ = maker != world.handle_of.end() ? maker->second : object;
+    if (world.inside[handle_]++ != 0) ++world.overlaps;
+    int64_t& most = world.most_under_way[name];
+    most = std::max(most, ++world.under_way[name]);
+    const auto slow = world.milliseconds.find(name);
+    const int64_t milliseconds = slow != world.milliseconds.end() ? slow->second : 0;
+    lock.unlock();
+    std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+  }
+  Call(const Call&) = delete;
+  ~Call() {
+    World& world = TheWorld();
+    const std::lock_guard<std::mutex> lock(world.mutex);
+    --world.under_way[name_];
+    if (--world.inside[handle_] == 0) world.inside.erase(handle_);
+  }
+
+ private:
+  const char* name_;
+  const void* handle_;
+};
 
 // Counts a call, under the world's lock; fails it if a test asked for that.
 Status Enter(World& world, const char* call) {
@@ -96,9 +131,10 @@ Status Enter(World& world, const char* call) {
   return world.failing_status;
 }
 
-#define FAKE_ENTER(call)                               \
-  World& world = TheWorld();                           \
-  const std::lock_guard<std::mutex> lock(world.mutex); \
+#define FAKE_ENTER(call, object)                  \
+  const Call under_way(call, object);             \
+  World& world = TheWorld();                      \
+  std::unique_lock<std::mutex> lock(world.mutex); \
   if (const Status failed = Enter(world, call); failed != kSuccess) return failed
 
 #define FAKE_REQUIRE(condition, status) \
@@ -226,6 +262,7 @@ Status MakeMatrix(World& world, const HandleData* handle, MatrixData* matrix,
   const int64_t least = facts.order == kOrderRow ? facts.columns : facts.rows;
   FAKE_REQUIRE(facts.ld >= least && facts.ld % 8 == 0, kInvalidValue);
   FAKE_REQUIRE(world.matrices.emplace(matrix, facts).second, kInvalidValue);
+  world.handle_of[matrix] = handle;
   return kSuccess;
 }
 
@@ -268,13 +305,13 @@ FAKE_EXPORT const char* cusparseLtGetErrorString(Status status) {
 }
 
 FAKE_EXPORT Status cusparseLtInit(HandleData* handle) {
-  FAKE_ENTER("Init");
+  FAKE_ENTER("Init", handle);
   FAKE_REQUIRE(world.handles.insert(handle).second, kInvalidValue);
   return kSuccess;
 }
 
 FAKE_EXPORT Status cusparseLtDestroy(const HandleData* handle) {
-  FAKE_ENTER("Destroy");
+  FAKE_ENTER("Destroy", handle);
   FAKE_REQUIRE(world.handles.erase(handle), kNotInitialized);
   return kSuccess;
 }
@@ -282,7 +319,7 @@ FAKE_EXPORT Status cusparseLtDestroy(const HandleData* handle) {
 FAKE_EXPORT Status cusparseLtDenseDescriptorInit(const HandleData* handle, MatrixData* matrix,
                                                  int64_t rows, int64_t columns, int64_t ld,
                                                  uint32_t alignment, int type, int order) {
-  FAKE_ENTER("DenseDescriptorInit");
+  FAKE_ENTER("DenseDescriptorInit", handle);
   return MakeMatrix(world, handle, matrix, {rows, columns, ld, type, order, false}, alignment, 8);
 }
 
@@ -290,14 +327,15 @@ FAKE_EXPORT Status cusparseLtStructuredDescriptorInit(const HandleData* handle, 
                                                       int64_t rows, int64_t columns, int64_t ld,
                                                       uint32_t alignment, int type, int order,
                                                       int sparsity) {
-  FAKE_ENTER("StructuredDescriptorInit");
+  FAKE_ENTER("StructuredDescriptorInit", handle);
   FAKE_REQUIRE(sparsity == kHalfSparse, kInvalidValue);
   return MakeMatrix(world, handle, matrix, {rows, columns, ld, type, order, true}, alignment, 16);
 }
 
 FAKE_EXPORT Status cusparseLtMatDescriptorDestroy(const MatrixData* matrix) {
-  FAKE_ENTER("MatDescriptorDestroy");
+  FAKE_ENTER("MatDescriptorDestroy", matrix);
   FAKE_REQUIRE(world.matrices.erase(matrix), kInvalidValue);
+  world.handle_of.erase(matrix);
   return kSuccess;
 }
 
@@ -306,7 +344,7 @@ FAKE_EXPORT Status cusparseLtMatmulDescriptorInit(const HandleData* handle, Matm
                                                   const MatrixData* a, const MatrixData* b,
                                                   const MatrixData* c, const MatrixData* d,
                                                   int compute_type) {
-  FAKE_ENTER("MatmulDescriptorInit");
+  FAKE_ENTER("MatmulDescriptorInit", handle);
   FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
   FAKE_REQUIRE(world.matrices.count(a) && world.matrices.count(b) && world.matrices.count(c) &&
                    world.matrices.count(d),
@@ -327,25 +365,27 @@ FAKE_EXPORT Status cusparseLtMatmulDescriptorInit(const HandleData* handle, Matm
 FAKE_EXPORT Status cusparseLtMatmulAlgSelectionInit(const HandleData* handle,
                                                     SelectionData* selection,
                                                     const MatmulData* matmul, int algorithm) {
-  FAKE_ENTER("MatmulAlgSelectionInit");
+  FAKE_ENTER("MatmulAlgSelectionInit", handle);
   FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
   FAKE_REQUIRE(world.matmuls.count(matmul) && algorithm == kDefaultSelection, kInvalidValue);
   const SelectionFacts facts = {matmul, static_cast<int>(Setting(world, "default_algorithm")), 1,
                                 kOneKernel, 0};
   FAKE_REQUIRE(world.selections.emplace(selection, facts).second, kInvalidValue);
+  world.handle_of[selection] = handle;
   return kSuccess;
 }
 
 FAKE_EXPORT Status cusparseLtMatmulAlgSelectionDestroy(const SelectionData* selection) {
-  FAKE_ENTER("MatmulAlgSelectionDestroy");
+  FAKE_ENTER("MatmulAlgSelectionDestroy", selection);
   FAKE_REQUIRE(world.selections.erase(selection), kInvalidValue);
+  world.handle_of.erase(selection);
   return kSuccess;
 }
 
 FAKE_EXPORT Status cusparseLtMatmulAlgSetAttribute(const HandleData* handle,
                                                    SelectionData* selection, int attribute,
                                                    const void* data, size_t bytes) {
-  FAKE_ENTER("MatmulAlgSetAttribute");
+  FAKE_ENTER("MatmulAlgSetAttribute", handle);
   FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
   const auto found = world.selections.find(selection);
   FAKE_REQUIRE(found != world.selections.end() && bytes == sizeof(int), kInvalidValue);
@@ -379,7 +419,7 @@ FAKE_EXPORT Status cusparseLtMatmulAlgSetAttribute(const HandleData* handle,
 FAKE_EXPORT Status cusparseLtMatmulAlgGetAttribute(const HandleData* handle,
                                                    const SelectionData* selection, int attribute,
                                                    void* data, size_t bytes) {
-  FAKE_ENTER("MatmulAlgGetAttribute");
+  FAKE_ENTER("MatmulAlgGetAttribute", handle);
   FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
   const auto found = world.selections.find(selection);
   FAKE_REQUIRE(found != world.selections.end() && bytes == sizeof(int), kInvalidValue);
@@ -397,38 +437,30 @@ FAKE_EXPORT Status cusparseLtMatmulAlgGetAttribute(const HandleData* handle,
 FAKE_EXPORT Status cusparseLtMatmulPlanInit(const HandleData* handle, PlanData* plan,
                                             const MatmulData* matmul,
                                             const SelectionData* selection) {
-  int64_t milliseconds;
-  {
-    World& world = TheWorld();
-    const std::lock_guard<std::mutex> lock(world.mutex);
-    milliseconds = Setting(world, "plan_milliseconds");
-  }
-  std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
-  FAKE_ENTER("MatmulPlanInit");
+  FAKE_ENTER("MatmulPlanInit", handle);
   FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
   FAKE_REQUIRE(world.matmuls.count(matmul) && world.selections.count(selection), kInvalidValue);
   const MatmulFacts& facts = world.matmuls[matmul];
-  const bool made = world.plans
-                        .emplace(plan, PlanFacts{world.selections[selection], facts,
-                                                 world.matrices[facts.a], world.matrices[facts.b],
-                                                 world.matrices[facts.d], new std::atomic<int>(0)})
-                        .second;
+  const bool made =
+      world.plans
+          .emplace(plan, PlanFacts{world.selections[selection], facts, world.matrices[facts.a],
+                                   world.matrices[facts.b], world.matrices[facts.d]})
+          .second;
   FAKE_REQUIRE(made, kInvalidValue);
+  world.handle_of[plan] = handle;
   return kSuccess;
 }
 
 FAKE_EXPORT Status cusparseLtMatmulPlanDestroy(const PlanData* plan) {
-  FAKE_ENTER("MatmulPlanDestroy");
-  const auto found = world.plans.find(plan);
-  FAKE_REQUIRE(found != world.plans.end(), kInvalidValue);
-  delete found->second.users;
-  world.plans.erase(found);
+  FAKE_ENTER("MatmulPlanDestroy", plan);
+  FAKE_REQUIRE(world.plans.erase(plan), kInvalidValue);
+  world.handle_of.erase(plan);
   return kSuccess;
 }
 
 FAKE_EXPORT Status cusparseLtMatmulGetWorkspace(const HandleData* handle, const PlanData* plan,
                                                 size_t* bytes) {
-  FAKE_ENTER("MatmulGetWorkspace");
+  FAKE_ENTER("MatmulGetWorkspace", handle);
   FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
   FAKE_REQUIRE(world.plans.count(plan), kInvalidValue);
   *bytes = WorkspaceOf(world, world.plans.at(plan));
@@ -439,45 +471,39 @@ FAKE_EXPORT Status cusparseLtMatmul(const HandleData* handle, const PlanData* pl
                                     const void* alpha, const void* a, const void* b,
                                     const void* beta, const void* c, void* d, void* workspace,
                                     Stream* streams, int32_t num_streams) {
-  PlanFacts facts;
-  Layout layout;
-  size_t workspace_bytes;
-  {
-    FAKE_ENTER("Matmul");
-    FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
-    FAKE_REQUIRE(world.plans.count(plan) && num_streams == 1, kInvalidValue);
-    facts = world.plans.at(plan);
-    FAKE_REQUIRE(world.matrices.count(facts.matmul.a) && world.matrices.count(facts.matmul.b) &&
-                     world.matrices.count(facts.matmul.d),
+  FAKE_ENTER("Matmul", handle);
+  FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
+  FAKE_REQUIRE(world.plans.count(plan) && num_streams == 1, kInvalidValue);
+  const PlanFacts facts = world.plans.at(plan);
+  FAKE_REQUIRE(world.matrices.count(facts.matmul.a) && world.matrices.count(facts.matmul.b) &&
+                   world.matrices.count(facts.matmul.d),
+               kInvalidValue);
+  for (const void* address : {a, b, c, static_cast<const void*>(d)}) {
+    FAKE_REQUIRE(address != nullptr && reinterpret_cast<uintptr_t>(address) % 16 == 0,
                  kInvalidValue);
-    for (const void* address : {a, b, c, static_cast<const void*>(d)}) {
-      FAKE_REQUIRE(address != nullptr && reinterpret_cast<uintptr_t>(address) % 16 == 0,
-                   kInvalidValue);
-    }
-    layout = LayoutOf(world, facts.a);
-    workspace_bytes = WorkspaceOf(world, facts);
-    FAKE_REQUIRE(workspace_bytes == 0 || workspace != nullptr, kInvalidValue);
-    world.last = {{"algorithm", facts.selection.id},
-                  {"split_k", facts.selection.split_k},
-                  {"split_k_mode", facts.selection.mode},
-                  {"split_k_buffers", facts.selection.buffers},
-                  {"rows", facts.d.columns},
-                  {"stream", reinterpret_cast<int64_t>(streams[0])}};
-    if (facts.users->fetch_add(1) != 0) ++world.calls["Matmul of a plan in use"];
   }
+  const Layout layout = LayoutOf(world, facts.a);
+  const size_t workspace_bytes = WorkspaceOf(world, facts);
+  FAKE_REQUIRE(workspace_bytes == 0 || workspace != nullptr, kInvalidValue);
+  world.last = {{"algorithm", facts.selection.id},
+                {"split_k", facts.selection.split_k},
+                {"split_k_mode", facts.selection.mode},
+                {"split_k_buffers", facts.selection.buffers},
+                {"rows", facts.d.columns},
+                {"stream", reinterpret_cast<int64_t>(streams[0])}};
+  lock.unlock();  // so that calls with other handles compute meanwhile
   if (workspace_bytes != 0) std::memset(workspace, 0xff, workspace_bytes);
   Multiply(facts, layout, static_cast<const uint8_t*>(a), static_cast<const uint16_t*>(b),
            *static_cast<const float*>(alpha), *static_cast<const float*>(beta),
            static_cast<const uint16_t*>(c), static_cast<uint16_t*>(d),
            static_cast<float*>(workspace));
-  facts.users->fetch_sub(1);
   return kSuccess;
 }
 
 FAKE_EXPORT Status cusparseLtSpMMACompressedSize2(const HandleData* handle,
                                                   const MatrixData* matrix, size_t* bytes,
                                                   size_t* buffer_bytes) {
-  FAKE_ENTER("SpMMACompressedSize2");
+  FAKE_ENTER("SpMMACompressedSize2", handle);
   FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
   FAKE_REQUIRE(world.matrices.count(matrix) && world.matrices[matrix].sparse, kInvalidValue);
   *bytes = LayoutOf(world, world.matrices[matrix]).bytes();
@@ -489,7 +515,7 @@ FAKE_EXPORT Status cusparseLtSpMMACompressedSize2(const HandleData* handle,
 FAKE_EXPORT Status cusparseLtSpMMACompress2(const HandleData* handle, const MatrixData* matrix,
                                             int is_sparse_a, int operation, const void* dense,
                                             void* compressed, void* buffer, Stream) {
-  FAKE_ENTER("SpMMACompress2");
+  FAKE_ENTER("SpMMACompress2", handle);
   FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
   FAKE_REQUIRE(world.matrices.count(matrix) && world.matrices[matrix].sparse, kInvalidValue);
   FAKE_REQUIRE(is_sparse_a == 1 && operation == kNonTranspose, kNotSupported);
@@ -517,11 +543,30 @@ FAKE_EXPORT int esparse_fake_architecture() {
   return static_cast<int>(Setting(world, "architecture"));
 }
 
+// The device that is current in this thread, and another instead.
+FAKE_EXPORT int esparse_fake_device() { return current_device; }
+FAKE_EXPORT void esparse_fake_set_device(int device) { current_device = device; }
+
 // How often a function was called, by its name without cusparseLt.
 FAKE_EXPORT int64_t esparse_fake_calls(const char* call) {
   World& world = TheWorld();
   const std::lock_guard<std::mutex> lock(world.mutex);
   return world.calls[call];
+}
+
+// How many calls of a function were under way at once, at the most.
+FAKE_EXPORT int64_t esparse_fake_at_once(const char* call) {
+  World& world = TheWorld();
+  const std::lock_guard<std::mutex> lock(world.mutex);
+  return world.most_under_way[call];
+}
+
+// How many calls began while another with the same handle, or with what was made by it, had not
+// ended, since the process began.
+FAKE_EXPORT int64_t esparse_fake_overlaps() {
+  World& world = TheWorld();
+  const std::lock_guard<std::mutex> lock(world.mutex);
+  return world.overlaps;
 }
 
 // How many objects of a kind there are: "handle", "matrix", "selection", "plan".
@@ -544,12 +589,18 @@ FAKE_EXPORT int64_t esparse_fake_last(const char* name) {
 }
 
 // "architecture", "algorithms" (their number), "default_algorithm", "workspace" (bytes every
-// product needs), "compress_workspace", "scrambled" (1: another layout of the metadata),
-// "plan_milliseconds" (what a plan takes to make).
+// product needs), "compress_workspace", "scrambled" (1: another layout of the metadata).
 FAKE_EXPORT void esparse_fake_set(const char* name, int64_t value) {
   World& world = TheWorld();
   const std::lock_guard<std::mutex> lock(world.mutex);
   world.settings[name] = value;
+}
+
+// Lets every call of a function, by its name without cusparseLt, take so long at least.
+FAKE_EXPORT void esparse_fake_slow(const char* call, int64_t milliseconds) {
+  World& world = TheWorld();
+  const std::lock_guard<std::mutex> lock(world.mutex);
+  world.milliseconds[call] = milliseconds;
 }
 
 // Lets a function fail with a status, after `skip` calls that do not; "" ends it.
@@ -561,11 +612,13 @@ FAKE_EXPORT void esparse_fake_fail(const char* call, Status status, int64_t skip
   world.failing_skip = skip;
 }
 
-// Forgets counts, settings and failures; objects stay.
+// Forgets counts, settings and failures; objects and overlaps stay.
 FAKE_EXPORT void esparse_fake_reset() {
   World& world = TheWorld();
   const std::lock_guard<std::mutex> lock(world.mutex);
   world.calls.clear();
+  world.most_under_way.clear();
+  world.milliseconds.clear();
   world.settings.clear();
   world.last.clear();
   world.failing_call.clear();
