@@ -1,24 +1,31 @@
-"""compute-sanitizer over the CUDA decode kernel: memory, races, uninitialised reads, barriers.
+"""compute-sanitizer over the CUDA kernels of a decode step: memory, races, uninitialised reads,
+barriers.
 
     python benchmarks/sanitize.py [--tools memcheck racecheck] [--compute-sanitizer FILE]
 
-Runs itself under each tool: every instance of the kernel (both dtypes, both widths, one to four
-tiles), with all that can be fused to it, in calls alone and in a chain. Exit status 1 where a tool
-reports an error, or where a result is wrong. compute-sanitizer is part of the CUDA toolkit.
+Runs itself under each tool: every instance of the product (both dtypes, both widths, one to four
+tiles), with all that can be fused to it, in calls alone and in a chain; and, from compute
+capability 9.0 on, every instance of the attention (both dtypes, both head sizes, all numbers of
+query heads to a key, all cluster sizes), with and without padding and prefetch. Exit status 1 where
+a tool reports an error, where a result is wrong, or where one of the two did not run.
+compute-sanitizer is part of the CUDA toolkit.
 """
 
+import itertools
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from esparse_jax.models import _ffi_attention
 from esparse_jax.sparse import _ffi_cuda as ffi
 from esparse_jax.sparse import blob24, compress24
 from esparse_jax.sparse._timing import random_24
@@ -37,7 +44,18 @@ PLANS = [
     for tiles in (1, 2, 3, 4)
     for resident, warps, blocks in ((1, 8, 2), (2, 16, 1), (2, 4, 2))
 ]
+# Rows and slots of the attention's caches. On 81 to 160 multiprocessors the rows make clusters of
+# 8, 4 and 1 blocks (ClusterOf in ffi/cuda/attention.cu); a block has more slots than it reads at
+# once.
+KV_HEADS = 4
+CACHES = ((5, 2100), (10, 1100), (40, 300))
+_THETA = 10000.0
 _ERRORS = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?)")
+# What is printed inside, for products and attentions.
+_RAN = (
+    re.compile(r"^[1-9]\d* products compared", re.M),
+    re.compile(r"^(?:[1-9]\d* attentions compared|attention left out: .*)", re.M),
+)
 
 
 @dataclass(frozen=True)
@@ -114,16 +132,158 @@ def _chain(data: jax.Array, dtype: str) -> int:
     return 8
 
 
-def _compare(got: jax.Array, want: np.ndarray, rounding: float) -> None:
-    error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+class Step(NamedTuple):
+    """One call of the attention, on the host."""
+
+    projected: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    angles: np.ndarray  # float64, one row or one for each
+    length: int
+    start: np.ndarray | None
+    heads: int
+    prefetch: bool
+
+    @property
+    def place(self) -> int:
+        """The slot that is written: the last one where none is left."""
+        return min(self.length, self.keys.shape[1] - 1)
+
+
+def attentions() -> int:
+    """Runs the attention of decode steps and compares each with float64; how many there were."""
+    compared = 0
+    for dtype, features in itertools.product(_ffi_attention._DTYPES, _ffi_attention._FEATURES):
+        steps = _steps(dtype, features)
+
+        # Each has a cache of its own, donated: nothing copies it, so it may be prefetched.
+        def run(given, caches, steps=steps):
+            return [
+                _ffi_attention.attend(
+                    projected, *cache, cosines, sines, length, start,
+                    heads=step.heads, prefetch=step.prefetch,
+                )
+                for step, (projected, cosines, sines, length, start), cache in zip(
+                    steps, given, caches, strict=True
+                )
+            ]  # fmt: skip
+
+        given = [
+            (
+                step.projected,
+                np.cos(step.angles).astype(np.float32),
+                np.sin(step.angles).astype(np.float32),
+                np.int32(step.length),
+                step.start,
+            )
+            for step in steps
+        ]
+        caches = [(jnp.array(step.keys), jnp.array(step.values)) for step in steps]
+        results = jax.jit(run, donate_argnums=1)(given, caches)
+        for step, result in zip(steps, results, strict=True):
+            _compare_step(step, *map(np.asarray, result))
+            compared += 1
+    return compared
+
+
+def _steps(dtype: str, features: int) -> list[Step]:
+    """All that differs inside of one dtype and head size. Slots that are not filled hold nan."""
+    random = np.random.default_rng(features)
+    steps = []
+    for rows, slots in CACHES:
+        shape = (2, rows * KV_HEADS, slots, features)
+        full = random.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
+        some = full.copy()
+        some[:, :, slots - 3 :] = np.nan
+        for shared, padded, prefetch in itertools.product(
+            _ffi_attention._SHARED, (False, True), (False, True)
+        ):
+            # A slot is left for the token, or none.
+            length, held = (slots - 3, some) if padded == prefetch else (slots, full)
+            last = min(length, slots - 1)
+            starts = np.array([0, 1, last // 2, last - 1, last], np.int32)
+            start = np.resize(starts, rows) if padded else None
+            positions = length - (start if padded else np.zeros(1))
+            heads = shared * KV_HEADS
+            width = (heads + 2 * KV_HEADS) * features
+            steps.append(
+                Step(
+                    random.standard_normal((rows, width), np.float32).astype(jnp.dtype(dtype)),
+                    *held,
+                    positions[:, None] * _THETA ** (-2 * np.arange(features // 2) / features),
+                    length, start, heads, prefetch,
+                )
+            )  # fmt: skip
+    return steps
+
+
+def _exact(step: Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the heads of each row attend to, its new keys and its new values, in float64."""
+    rows, features = len(step.projected), step.keys.shape[2]
+    given = step.projected.astype(np.float64).reshape(rows, -1, features)
+    turned, new_values = np.split(given, [step.heads + KV_HEADS], axis=1)
+    first, second = np.split(turned, 2, axis=2)
+    cosines, sines = np.cos(step.angles)[:, None], np.sin(step.angles)[:, None]
+    turned = np.concatenate(
+        (first * cosines - second * sines, second * cosines + first * sines), axis=2
+    )
+    queries, new_keys = np.split(turned, [step.heads], axis=1)
+    queries = queries.reshape(rows, KV_HEADS, -1, features)
+    attended = np.empty_like(queries)
+    for row in range(rows):
+        matrices = slice(row * KV_HEADS, (row + 1) * KV_HEADS)
+        seen = slice(0 if step.start is None else step.start[row], step.place)
+        keys, values = (
+            np.concatenate((cache[matrices, seen].astype(np.float64), new[row, :, None]), axis=1)
+            for cache, new in ((step.keys, new_keys), (step.values, new_values))
+        )
+        logits = queries[row] @ keys.swapaxes(1, 2) / np.sqrt(features)
+        weights = np.exp(logits - logits.max(axis=2, keepdims=True))
+        attended[row] = weights @ values / weights.sum(axis=2, keepdims=True)
+    attended, new_keys, new_values = (
+        x.reshape(-1, features) for x in (attended, new_keys, new_values)
+    )
+    return attended, new_keys, new_values
+
+
+def _compare_step(step: Step, attended: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
+    """Head by head; but for the new key, which is rounded, the cache is known bit by bit."""
+    rounding = float(jnp.finfo(attended.dtype).eps)
+    want, new_keys, new_values = _exact(step)
+    _compare(attended.reshape(want.shape), want, rounding, "an attention", axis=1)
+    _compare(keys[:, step.place], new_keys, rounding, "a key in the cache", axis=1)
+    want_keys, want_values = step.keys.copy(), step.values.copy()
+    want_keys[:, step.place], want_values[:, step.place] = keys[:, step.place], new_values
+    for name, got, cache in (("keys", keys, want_keys), ("values", values, want_values)):
+        wrong = np.any(got.view(np.uint16) != cache.view(np.uint16), axis=(0, 2))
+        if wrong.any():
+            raise SystemExit(
+                f"the attention left wrong {name} in the slots {np.flatnonzero(wrong)} of the "
+                f"cache; the token's is {step.place}."
+            )
+
+
+def _compare(
+    got: jax.typing.ArrayLike,
+    want: np.ndarray,
+    rounding: float,
+    what: str = "a product",
+    axis: int | None = None,
+) -> None:
+    apart = np.linalg.norm(np.asarray(got, np.float64) - want, axis=axis)
+    error = np.max(apart / np.linalg.norm(want, axis=axis))
     if not error < 2 * rounding:
-        raise SystemExit(f"a product is {error:.1e} from float64; allowed {2 * rounding:.1e}.")
+        raise SystemExit(f"{what} is {error:.1e} from float64; allowed {2 * rounding:.1e}.")
 
 
 def main(arguments: Arguments) -> int:
     """Prints what each tool found; the exit status."""
     if arguments.inside:
         print(f"{products()} products compared")
+        if _ffi_attention._runs():
+            print(f"{attentions()} attentions compared")
+        else:
+            print("attention left out: its kernel needs compute capability 9.0")
         return 0
     unknown = sorted(set(arguments.tools) - set(TOOLS))
     if unknown:
@@ -143,10 +303,11 @@ def main(arguments: Arguments) -> int:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         text = done.stdout + done.stderr
         counts = [int(a or b) for a, b in _ERRORS.findall(text)]
-        compared = re.search(r"\d+ products compared", text)
-        clean = done.returncode == 0 and counts and not any(counts) and compared
+        compared = [match and match[0] for match in (kernel.search(text) for kernel in _RAN)]
+        clean = done.returncode == 0 and counts and not any(counts) and all(compared)
         bad += not clean
-        print(f"{tool}: {', '.join(map(str, counts)) or 'no'} errors, {compared and compared[0]}")
+        ran = ", ".join(map(str, compared))
+        print(f"{tool}: {', '.join(map(str, counts)) or 'no'} errors, {ran}")
         if not clean:
             print(*text.splitlines()[-60:], sep="\n")
     return 1 if bad else 0

@@ -2,10 +2,12 @@
 
     python benchmarks/sass.py [--cuobjdump FILE]
 
-For every architecture in the extension: how many kernels there are, how many of the decode kernels
-multiply on the sparse tensor cores (HMMA.SP), how many instructions read or write local memory
-(spilled registers), and the most registers a kernel takes. Exit status 1 where a decode kernel does
-not use the sparse tensor cores or any kernel spills. cuobjdump is part of the CUDA toolkit.
+For every architecture in the extension and every family of kernels (the product of a decode step,
+its attention, and the others): how many there are, how many of them multiply on the sparse tensor
+cores (HMMA.SP), how many instructions read or write local memory (spilled registers), and the most
+registers one takes. The attention needs clusters of blocks, so below sm_90 it is not looked at.
+Exit status 1 where a family is missing, where a decode kernel does not use the sparse tensor cores
+or where any kernel spills. cuobjdump is part of the CUDA toolkit.
 """
 
 import collections
@@ -20,11 +22,14 @@ import tyro
 
 from esparse_jax import native
 
-_ARCHITECTURE = re.compile(r"^arch = (sm_\w+)")
+# Of a library's parts; a cubin by itself says it where its code begins.
+_ARCHITECTURE = re.compile(r"^(?:arch =|\s*code for) (sm_\w+)")
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s+([^:\s]+)")
 _REGISTERS = re.compile(r"REG:(\d+)")
 _LOCAL = re.compile(r"\b(?:LDL|STL)\b")
-_DECODE_KERNEL = "esparse_decode_"
+DECODE, ATTENTION, OTHER = "decode", "attention", "other"
+_PREFIXES = {"esparse_decode_": DECODE, "esparse_attend_": ATTENTION}
+_LEAST_OF_ATTENTION = 90
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,40 +41,64 @@ class Arguments:
 
 
 @dataclasses.dataclass
-class Kernels:
-    """Counts of one architecture's."""
+class Kernel:
+    """What one kernel's machine code holds."""
 
-    kernels: set[str] = dataclasses.field(default_factory=set)
-    sparse: set[str] = dataclasses.field(default_factory=set)
+    sparse: bool = False
     spills: int = 0
     registers: int = 0
 
-    @property
-    def decode(self) -> set[str]:
-        return {name for name in self.kernels if _DECODE_KERNEL in name}
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Counts of one family's kernels for one architecture."""
+
+    kernels: int
+    sparse: int
+    spills: int
+    registers: int
 
 
-def read(cuobjdump: str, extension: Path) -> dict[str, Kernels]:
-    """By architecture; those for which there is only PTX are not in it."""
-    found: dict[str, Kernels] = collections.defaultdict(Kernels)
-    architecture = kernel = ""
-    for line in _lines(cuobjdump, "-sass", extension):
-        if match := _ARCHITECTURE.match(line):
-            architecture = match[1]
-        elif match := _FUNCTION.match(line):
-            kernel = match[1]
-            found[architecture].kernels.add(kernel)
-        elif "HMMA.SP" in line:
-            found[architecture].sparse.add(kernel)
-        elif _LOCAL.search(line):
-            found[architecture].spills += 1
-    for line in _lines(cuobjdump, "-res-usage", extension):
-        if match := _ARCHITECTURE.match(line):
-            architecture = match[1]
-        elif match := _REGISTERS.search(line):
-            here = found[architecture]
-            here.registers = max(here.registers, int(match[1]))
-    return dict(found)
+def read(cuobjdump: str, extension: Path) -> dict[str, dict[str, Kernel]]:
+    """By architecture and name; architectures for which there is only PTX are not in it."""
+    found: dict[str, dict[str, Kernel]] = collections.defaultdict(
+        lambda: collections.defaultdict(Kernel)
+    )
+    architecture, kernel = "", Kernel()
+    for option in ("-sass", "-res-usage"):
+        for line in _lines(cuobjdump, option, extension):
+            if match := _ARCHITECTURE.match(line):
+                architecture = match[1]
+            elif match := _FUNCTION.match(line):
+                kernel = found[architecture][match[1]]
+            elif match := _REGISTERS.search(line):
+                kernel.registers = int(match[1])
+            elif "HMMA.SP" in line:
+                kernel.sparse = True
+            elif _LOCAL.search(line):
+                kernel.spills += 1
+    return {architecture: dict(kernels) for architecture, kernels in found.items()}
+
+
+def families(architecture: str, kernels: dict[str, Kernel]) -> dict[str, Family]:
+    """What is judged of an architecture: the families it must have, and the others it has."""
+    members: dict[str, list[Kernel]] = {DECODE: [], ATTENTION: [], OTHER: []}
+    for name, kernel in kernels.items():
+        of = (family for prefix, family in _PREFIXES.items() if name.startswith(prefix))
+        members[next(of, OTHER)].append(kernel)
+    if int(re.sub(r"\D", "", architecture)) < _LEAST_OF_ATTENTION:
+        del members[ATTENTION]
+    if not members[OTHER]:
+        del members[OTHER]
+    return {
+        family: Family(
+            len(all_of),
+            sum(kernel.sparse for kernel in all_of),
+            sum(kernel.spills for kernel in all_of),
+            max((kernel.registers for kernel in all_of), default=0),
+        )
+        for family, all_of in members.items()
+    }
 
 
 def _lines(cuobjdump: str, option: str, extension: Path) -> list[str]:
@@ -92,15 +121,18 @@ def main(arguments: Arguments) -> int:
             raise SystemExit("The extension has no CUDA part (BUILD.md), so there is no code.")
         extension = Path(module.__file__)
     found = read(str(cuobjdump), extension)
-    print("| architecture | kernels | decode kernels | with HMMA.SP | spills | most registers |")
+    print("| architecture | family | kernels | with HMMA.SP | spills | most registers |")
     print("|---|---|---|---|---|---|")
-    for name, kernels in sorted(found.items()):
-        print(
-            f"| {name} | {len(kernels.kernels)} | {len(kernels.decode)} "
-            f"| {len(kernels.sparse & kernels.decode)} | {kernels.spills} | {kernels.registers} |"
-        )
-    good = [k.decode and k.decode <= k.sparse and not k.spills for k in found.values()]
-    return 0 if good and all(good) else 1
+    good = bool(found)
+    for architecture, kernels in sorted(found.items()):
+        for family, counts in families(architecture, kernels).items():
+            print(
+                f"| {architecture} | {family} | {counts.kernels} | {counts.sparse} "
+                f"| {counts.spills} | {counts.registers} |"
+            )
+            good &= counts.kernels > 0 and counts.spills == 0
+            good &= family != DECODE or counts.sparse == counts.kernels
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""What runs under compute-sanitizer, with the plain attention in the kernel's place."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esparse_jax.models.attention import cached_attention
+from esparse_jax.models.cache import LayerCache
+from esparse_jax.models.llama import rotate
+
+
+@pytest.fixture(scope="module")
+def module():
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    yield importlib.import_module("sanitize")
+    sys.path.remove(folder)
+
+
+@pytest.fixture
+def sanitize(module, monkeypatch):
+    """With one small cache, and two of the four numbers of query heads to a key."""
+    monkeypatch.setattr(module, "CACHES", ((5, 20),))
+    monkeypatch.setattr(module._ffi_attention, "_SHARED", (1, 4))
+    return module
+
+
+def plain(projected, keys, values, cosines, sines, length, start, *, heads, prefetch):
+    """`attend`, by XLA's products in float32."""
+    del prefetch
+    rows, slots, features = projected.shape[0], keys.shape[1], keys.shape[2]
+    kv_heads = keys.shape[0] // rows
+    assert cosines.shape == sines.shape == (1 if start is None else rows, features // 2)
+    cut = np.array([heads, heads + kv_heads])
+    query, key, value = jnp.split(
+        projected.reshape(rows, 1, -1, features).astype(jnp.float32), cut, axis=2
+    )
+    query, key = (rotate(x, cosines[:, None, None], sines[:, None, None]) for x in (query, key))
+    wide = (jnp.nan_to_num(x.astype(jnp.float32)) for x in (keys, values))
+    before = LayerCache(*wide, length, start)
+    after = before.append(key, value)
+    attended = cached_attention(
+        query, after.keys, after.values, before.positions(1), before.key_positions()
+    )
+    place = jnp.minimum(length, slots - 1)
+    keys, values = (
+        held.at[:, place].set(new[:, place].astype(held.dtype))
+        for held, new in ((keys, after.keys), (values, after.values))
+    )
+    return attended.reshape(rows, -1).astype(projected.dtype), keys, values
+
+
+def test_attentions_are_compared(sanitize, monkeypatch):
+    calls = []
+
+    def attend(projected, keys, *rest, **static):
+        calls.append((str(keys.dtype), keys.shape[2], rest[4] is not None, *static.values()))
+        return plain(projected, keys, *rest, **static)
+
+    monkeypatch.setattr(sanitize._ffi_attention, "attend", attend)
+    assert sanitize.attentions() == 32
+    assert len(set(calls)) == len(calls) == 32
+    assert {call[:2] for call in calls} == {
+        (dtype, features) for dtype in ("float16", "bfloat16") for features in (64, 128)
+    }
+
+
+def test_the_caches_reach_every_cluster_size(module):
+    """As `ClusterOf` in ffi/cuda/attention.cu chooses, for the least and the most, and an H200."""
+
+    def cluster(matrices, multiprocessors):
+        return next((c for c in (1, 4) if matrices * c >= multiprocessors), 8)
+
+    for multiprocessors in (81, 114, 132, 160):
+        assert [cluster(rows * module.KV_HEADS, multiprocessors) for rows, _ in module.CACHES] == [
+            8,
+            4,
+            1,
+        ]
+
+
+# What is found, and what is done to the result: attended, keys, values and the token's slot.
+MISTAKES = {
+    "an attention is": lambda a, k, v, place: (a * 1.01, k, v),
+    "an attention is nan": lambda a, k, v, place: (a.at[0, 0].set(jnp.nan), k, v),
+    "a key in the cache is": lambda a, k, v, place: (a, k.at[3, place].multiply(1.01), v),
+    r"wrong keys in the slots \[2\] of": lambda a, k, v, place: (a, k.at[1, 2, 5].set(9), v),
+    r"wrong values in the slots \[17\] of": lambda a, k, v, place: (a, k, v.at[0, place, 0].set(9)),
+    r"wrong values in the slots \[18 19\] of": lambda a, k, v, place: (a, k, jnp.nan_to_num(v)),
+}
+
+
+@pytest.mark.parametrize("found", MISTAKES)
+def test_mistakes_are_found(sanitize, monkeypatch, found):
+    monkeypatch.setattr(sanitize._ffi_attention, "_SHARED", (1,))
+    monkeypatch.setattr(sanitize._ffi_attention, "_DTYPES", ("float16",))
+
+    def attend(projected, keys, values, cosines, sines, length, start, **static):
+        results = plain(projected, keys, values, cosines, sines, length, start, **static)
+        return MISTAKES[found](*results, jnp.minimum(length, keys.shape[1] - 1))
+
+    monkeypatch.setattr(sanitize._ffi_attention, "attend", attend)
+    with pytest.raises(SystemExit, match=found):
+        sanitize.attentions()
+
+
+def test_an_attention_to_padding_is_found(sanitize, monkeypatch):
+    monkeypatch.setattr(sanitize._ffi_attention, "_SHARED", (1,))
+
+    def attend(*given, **static):
+        start = None if given[6] is None else jnp.zeros_like(given[6])
+        return plain(*given[:6], start, **static)
+
+    monkeypatch.setattr(sanitize._ffi_attention, "attend", attend)
+    with pytest.raises(SystemExit, match="an attention is"):
+        sanitize.attentions()
+
+
+@pytest.mark.parametrize(
+    ("runs", "line"),
+    [
+        (True, "7 attentions compared"),
+        (False, "attention left out: its kernel needs compute capability 9.0"),
+    ],
+)
+def test_what_is_printed_inside_satisfies_the_parent(module, monkeypatch, capsys, runs, line):
+    monkeypatch.setattr(module, "products", lambda: 5)
+    monkeypatch.setattr(module, "attentions", lambda: 7)
+    monkeypatch.setattr(module._ffi_attention, "_runs", lambda: runs)
+    assert module.main(module.Arguments(inside=True)) == 0
+    inside = capsys.readouterr().out
+    assert inside.splitlines() == ["5 products compared", line]
+    summary = "========= ERROR SUMMARY: 0 errors\n"
+    assert _parent(module, monkeypatch, inside + summary) == 0
+    assert capsys.readouterr().out == f"memcheck: 0 errors, 5 products compared, {line}\n"
+
+
+def _parent(module, monkeypatch, text, returncode=0):
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, returncode, text, "")
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    return module.main(
+        module.Arguments(tools=("memcheck",), compute_sanitizer=Path("compute-sanitizer"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("products", "attentions", "summary", "returncode"),
+    [
+        ("", "7 attentions compared", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products compared", "", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products compared", "0 attentions compared", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products compared", "7 attentions compared", "ERROR SUMMARY: 1 error", 0),
+        ("5 products compared", "7 attentions compared", "", 0),
+        ("5 products compared", "7 attentions compared", "ERROR SUMMARY: 0 errors", 1),
+    ],
+)
+def test_what_did_not_run_is_no_success(
+    module, monkeypatch, products, attentions, summary, returncode
+):
+    text = "\n".join((products, attentions, summary))
+    assert _parent(module, monkeypatch, text, returncode) == 1
