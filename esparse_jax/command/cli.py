@@ -555,7 +555,8 @@ class Tune:
             return table
 
         for shape in shapes:
-            if machine and not rows_left(known(machine), shape, dtype, self.rows):
+            partial = self.algorithms is not None or not self.splits
+            if machine and not rows_left(known(machine), shape, dtype, self.rows, partial=partial):
                 continue
             shown, update = bar(f"tuning {shape[0]}x{shape[1]} {dtype}")
             with shown:

@@ -69,7 +69,8 @@ def _require_rows(rows: int) -> None:
 
 @functools.cache
 def records_calls() -> bool:
-    """Whether XLA records a product as a kernel of its own CUDA graph, so that calls can overlap.
+    """Whether XLA records a call (a product, the attention of a decode step) as a kernel of its own
+    CUDA graph, so that calls can overlap.
 
     It takes a GPU of compute capability 9.0 and FFI API 0.4 (jax 0.11). Elsewhere XLA traces each
     call into a graph of its own, and only the kernels inside one call overlap.
@@ -84,7 +85,7 @@ def records_calls() -> bool:
             extension.CUDA_RECORD_TARGET, extension.record_registration(), platform="CUDA"
         )
     except jax.errors.JaxRuntimeError as error:
-        _LOGGER.info("XLA traces 2:4 products instead of recording them: %s", error)
+        _LOGGER.info("XLA traces 2:4 products and attentions instead of recording them: %s", error)
         return False
     return True
 

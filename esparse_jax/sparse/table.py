@@ -10,10 +10,11 @@ asks it when a product is traced, `choose_form` when a model is loaded. It is ke
         "dense": 11.1,
         "decode": {"microseconds": 7.5, "plan": {"tiles": 2, "warps": 8}},
         "cusparselt": {"microseconds": 10.5, "id": 12, "split_k": 1, "workspace_bytes": 0},
-        "failed": {"cusparselt 17, split_k -1": "no answer within 20 s"}}]}
+        "failed": {"cusparselt, id 17, split_k 1": "no answer within 20 s"}}]}
 
 All times are microseconds a product. `dense`, `decode` and `cusparselt` are missing where there was
-none; `plan` where the kernel's own rule is as good; `failed` where nothing failed.
+none; `plan` where the kernel's own rule is as good; `failed` where nothing failed; `partial`, true
+where only some of cuSPARSELt's algorithms were tried, elsewhere.
 """
 
 import contextlib
@@ -86,6 +87,7 @@ class Record:
         decode, cusparselt: The two ways from the device form; None where there is none, or where no
             candidate came to right numbers. The library's is that of x padded to a multiple of 8.
         failed: Candidates that crashed, hung or computed wrong numbers, and which of these.
+        partial: Only some of the library's algorithms were tried, since that was asked for.
     """
 
     out: int
@@ -96,6 +98,7 @@ class Record:
     decode: DecodeTime | None = None
     cusparselt: LibraryTime | None = None
     failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    partial: bool = False
 
     @property
     def key(self) -> tuple[str, int, int, int]:
@@ -197,6 +200,8 @@ def _product(dtype: str, out: int, channels: int, rows: int) -> str:
 def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
     """The records of both; where both have one, the newer's.
 
+    But what a search of some algorithms found replaces what a full one did only where it is faster.
+
     Raises:
         ValueError: They are for different machines.
     """
@@ -205,8 +210,19 @@ def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
             f"tables of different machines cannot be merged: {older.machine} and {newer.machine}. "
             f"Keep them in files of their own."
         )
-    records = {record.key: record for record in (*older.records, *newer.records)}
+    records = {record.key: record for record in older.records}
+    for record in newer.records:
+        before = records.get(record.key)
+        if before is None or not record.partial or before.partial or _faster(record, before):
+            records[record.key] = record
     return TuningTable(newer.machine, newer.jax, tuple(records.values()))
+
+
+def _faster(record: Record, other: Record) -> bool:
+    """Whether the library is, in the first one."""
+    if record.cusparselt is None or other.cusparselt is None:
+        return other.cusparselt is None
+    return record.cusparselt.microseconds < other.cusparselt.microseconds
 
 
 # ---- files
@@ -292,6 +308,8 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         }
     if record.failed:
         fields["failed"] = dict(record.failed)
+    if record.partial:
+        fields["partial"] = True
     return fields
 
 
@@ -338,7 +356,7 @@ def _record_from_json(fields: Any) -> Record:
     _require_fields(
         fields,
         ("out", "channels", "dtype", "rows"),
-        ("dense", "decode", "cusparselt", "failed"),
+        ("dense", "decode", "cusparselt", "failed", "partial"),
     )
     for size in ("out", "channels"):
         _require_whole(fields[size], size)
@@ -353,6 +371,8 @@ def _record_from_json(fields: Any) -> Record:
     _require_type(failed, dict, "failed", "an object")
     for name, reason in failed.items():
         _require_type(reason, str, f"failed[{name!r}]", "a text")
+    partial = fields.get("partial", False)
+    _require_type(partial, bool, "partial", "true or false")
     return Record(
         fields["out"],
         fields["channels"],
@@ -362,6 +382,7 @@ def _record_from_json(fields: Any) -> Record:
         _decode_from_json(fields["decode"]) if "decode" in fields else None,
         _library_from_json(fields["cusparselt"]) if "cusparselt" in fields else None,
         failed,
+        partial,
     )
 
 

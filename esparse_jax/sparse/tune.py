@@ -6,9 +6,9 @@ row-major y, over more weights than a cache holds. First each candidate is timed
 then the best few again, in turns. A candidate counts only after its numbers were compared with a
 dense product in float32.
 
-No product becomes faster by more rows. So what an algorithm took for fewer rows bounds what it
-takes for more, and one whose bound is behind the best so far is not asked again; those that were
-fast for fewer rows come first.
+It is taken that no product becomes faster by more rows. So what an algorithm took for fewer rows
+bounds what it takes for more, and one whose bound is a tenth behind the best so far is not asked
+again; those without a bound come first, then those that were fast for fewer rows.
 
 An algorithm may take the process with it, or never return. So candidates run in a child process,
 one for each shape (`_tune_worker`), with a time limit for each candidate; this process touches no
@@ -52,6 +52,7 @@ _FINALISTS, _ROUNDS, _NOISE = 4, 3, 0.02
 _BEHIND = 1.1
 # Errors of so many roundings are told from those of a kernel that went astray.
 _ROUNDINGS = 8
+_WRONG, _NOT_TRIED = "wrong numbers", "not tried, since others like it failed"
 # Below so many outputs, segment-K was reported to hang on Hopper (vllmbench, cuSPARSELt 0.7.1).
 _SEGMENT_K_OUT = 400
 
@@ -185,7 +186,7 @@ def tune_shape(
         shape: `(out, channel)` of the weight, multiples of 64 (of 16: by cuSPARSELt alone).
         dtype: float16 or bfloat16.
         rows: Which of `BUCKETS`.
-        algorithms: Only these of cuSPARSELt, where it has them; None for all.
+        algorithms: Only these of cuSPARSELt; None for all. What is found so is `Record.partial`.
         splits: Whether each is tried with the sum over channels split as well.
         known: Called when the child has said what the machine is. Numbers of rows that the table it
             returns has for this shape are left out, and so are algorithms of cuSPARSELt that failed
@@ -201,7 +202,8 @@ def tune_shape(
         beside what was measured before.
 
     Raises:
-        ValueError: A shape, dtype or number of rows that no product is tuned for.
+        ValueError: A shape, dtype or number of rows that no product is tuned for, or an algorithm
+            that the library does not have.
         RuntimeError: There is no GPU to measure on, or the child does not start; the message has
             its last line. Where that happens later, what was measured is returned, and one line is
             logged.
@@ -231,19 +233,31 @@ def why_not_tuned(shape: tuple[int, int], dtype: Any) -> str | None:
 
 
 def rows_left(
-    table: TuningTable | None, shape: tuple[int, int], dtype: Any, rows: Iterable[int]
+    table: TuningTable | None,
+    shape: tuple[int, int],
+    dtype: Any,
+    rows: Iterable[int],
+    *,
+    partial: bool = False,
 ) -> list[int]:
-    """Those numbers of rows of a product that a table does not have."""
+    """Those numbers of rows of a product that a table does not have.
+
+    Args:
+        partial: Whether what a search of some algorithms found will do.
+    """
     found = {
         record.rows
         for record in (() if table is None else table.records)
-        if record.key[:3] == (np.dtype(dtype).name, *shape)
+        if record.key[:3] == (np.dtype(dtype).name, *shape) and (partial or not record.partial)
     }
     return [each for each in rows if each not in found]
 
 
 def failed_algorithms(table: TuningTable | None, dtype: Any) -> dict[str, str]:
-    """Algorithms of cuSPARSELt that failed for some shape in a table, and why.
+    """Algorithms of cuSPARSELt that crashed or hung for some shape in a table, and why; and those
+    that were not tried there since others like them did.
+
+    Wrong numbers are left to each shape: sums in 16 bits are worse the longer they are.
 
     Paper silent: one that crashed or hung once is not worth a child process for every shape.
     """
@@ -252,7 +266,7 @@ def failed_algorithms(table: TuningTable | None, dtype: Any) -> dict[str, str]:
         for record in (() if table is None else table.records)
         if record.dtype == np.dtype(dtype).name
         for name, reason in record.failed.items()
-        if name.startswith("cusparselt")
+        if name.startswith("cusparselt") and _WRONG not in reason
     }
 
 
@@ -272,6 +286,7 @@ class _Search:
     ):
         self._shape, self._dtype, self._rows = shape, dtype, rows
         self._asked, self._splits = asked, splits
+        self._partial = asked is not None or not splits
         self._limits, self._progress, self._worker = limits, progress, worker
         self._child: _Child | None = None
         self._facts: dict[str, Any] = {}
@@ -298,11 +313,25 @@ class _Search:
             _LOGGER.warning(
                 "%dx%d is measured without cuSPARSELt: %s", *self._shape, facts["no_library"]
             )
+        unknown = sorted((self._asked or set()) - set(range(facts["algorithms"])))
+        if unknown and facts["algorithms"]:
+            raise ValueError(
+                f"cuSPARSELt {facts['cusparselt']} has the algorithms 0 to "
+                f"{facts['algorithms'] - 1} for this product; got {', '.join(map(str, unknown))}."
+            )
         machine = Machine(facts["device"], facts["capability"], facts["cusparselt"])
         if known is not None:
             table = known(machine)
-            self._rows = rows_left(table, self._shape, self._dtype, self._rows)
+            self._rows = rows_left(
+                table, self._shape, self._dtype, self._rows, partial=self._partial
+            )
             self._left_out = failed_algorithms(table, self._dtype)
+            if self._asked is not None:  # who names one wants it tried
+                self._left_out = {
+                    name: reason
+                    for name, reason in self._left_out.items()
+                    if _NOT_TRIED not in reason
+                }
         self._total = sum(1 for _ in self._all_candidates())
         records = []
         for rows in self._rows:
@@ -330,7 +359,9 @@ class _Search:
         failed = {str(candidate): reason for candidate, reason in self._failed.items()}
         failed = self._left_out | failed
         self._failed.pop(Candidate("dense"), None)  # which must not be without because of one
-        return Record(*self._shape, self._dtype, rows, dense, decode, library, failed)
+        return Record(
+            *self._shape, self._dtype, rows, dense, decode, library, failed, self._partial
+        )
 
     # ---- what is asked
 
@@ -448,7 +479,7 @@ class _Search:
         if self._given_up(candidate):
             if self._restarts[candidate.family] > self._limits.restarts:
                 # For those shapes as well that come after this one.
-                self._failed[candidate] = _reason(rows, "not tried, since others like it failed")
+                self._failed[candidate] = _reason(rows, _NOT_TRIED)
             return None
         try:
             answer = self._running().ask(
@@ -469,7 +500,7 @@ class _Search:
             # A few roundings too many are from sums in 16 bits. Else it is not known what it wrote
             # over: the next one gets operands of its own.
             far = float(answer["wrong"])
-            reason = f"wrong numbers, {far:.3g} times too far"
+            reason = f"{_WRONG}, {far:.3g} times too far"
             return self._fail(rows, candidate, reason, harmless=far < _ROUNDINGS)
         if "failed" in answer:
             return self._fail(rows, candidate, answer["failed"])

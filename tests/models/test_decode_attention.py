@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from esparse_jax import native
+from esparse_jax.inference.generate import CHUNK, decode, prefill
 from esparse_jax.models import _ffi_attention, llama
 from esparse_jax.models.cache import LayerCache
 from esparse_jax.models.llama import LlamaConfig, decode_attention, rotary_angles, rotary_attention
+from esparse_jax.models.random_model import random_model
 
 FFI = Path(__file__).parents[2] / "ffi"
 SOURCE = FFI / "cuda" / "testing" / "attention_on_host.cc"
@@ -215,6 +218,42 @@ def test_the_kernel(batch, kv_heads, shared, features, slots, length, start, dty
     rounding = float(jnp.finfo(dtype).eps)
     _check(got, (written.keys, written.values), want, wanted, length, rounding)
     assert int(written.length) == length + 1
+
+
+@pytest.mark.gpu
+@needs_kernel
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_a_model_decodes_the_same_with_and_without_overlap(kv_heads):
+    """A kernel that reads before the one before has written would show as other bits."""
+    shape = LlamaConfig(512, 1024, 2752, 4, 8, num_key_value_heads=kv_heads)
+    config = dataclasses.replace(shape, dtype="float16", max_position_embeddings=512)
+    graphdef, state = nnx.split(random_model(config, form=None, shuffle="within"))
+    greedy = {"temperature": 0.0, "top_k": None, "top_p": 1.0}
+    prompt = jnp.asarray(np.random.default_rng(0).integers(0, 512, (2, 90)), jnp.int32)
+    keys = jax.random.split(jax.random.key(0), CHUNK)
+    token, cache = prefill(
+        graphdef, state, prompt, jnp.array([0, 7]), keys[0], max_length=300, **greedy
+    )
+
+    @jax.jit
+    def step(state, token, cache):
+        model = nnx.merge(graphdef, state)
+        hidden, cache = model.blocks(model.embed(token[:, None]), cache=cache)
+        return jnp.argmax(model.head(hidden)[:, 0], axis=-1).astype(jnp.int32), cache
+
+    want, alone = [], (token, jax.tree.map(jnp.copy, cache))
+    for _ in range(CHUNK):
+        alone = jax.block_until_ready(step(state, *alone))
+        want.append(np.asarray(alone[0]))
+    for _ in range(20):
+        _, after, tokens = decode(
+            graphdef, state, token, jax.tree.map(jnp.copy, cache), keys, **greedy
+        )
+        np.testing.assert_array_equal(tokens.T, want)
+        for mine, theirs in zip(
+            after.keys + after.values, alone[1].keys + alone[1].values, strict=True
+        ):
+            np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from flax import nnx
 
 from esparse_jax import generate
 from esparse_jax.inference.generate import CHUNK, decode, prefill
+from esparse_jax.models import _ffi_attention
 from esparse_jax.models.cache import init_cache
 from esparse_jax.models.fusion import inference_model, order_of_values, with_dense_linears
 from esparse_jax.models.layers import CompressedWeight, DenseLinear, SparseLinear
@@ -30,6 +31,7 @@ from esparse_jax.models.surgery import (
 from esparse_jax.sparse import Blob24, _ffi_cuda, compressed24_of, decompress24
 
 DECODE, CHAIN = "esparse_decode24_cuda_v2", "esparse_chain24_cuda_v1"
+ATTEND = "esparse_attend_cuda_v1"
 LAYERS = 2
 FIELDS = {
     "model_type": "llama",
@@ -215,7 +217,8 @@ def lowered_for_cuda(model, rows, *, slots=64) -> str:
     def step(state, ids, cache):
         return nnx.merge(graphdef, state)(ids, cache=cache)
 
-    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (DECODE, CHAIN)]
+    names = (DECODE, CHAIN, ATTEND)
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
     exported = jax.export.export(jax.jit(step), platforms=["cuda"], disabled_checks=checks)
     return exported(state, jnp.zeros((rows, 1), jnp.int32), cache).mlir_module()
 
@@ -240,6 +243,29 @@ def test_a_step_is_one_chain_a_layer_on_cuda(rows, heads, gathers):
     }
     assert all("custom_call" in reader for reader in readers), readers
     assert len(re.findall(r"stablehlo\.dot_general", text)) == 2 * LAYERS + 1
+
+
+@needs_build
+def test_a_step_where_clusters_are_has_one_kernel_an_attention(monkeypatch):
+    monkeypatch.setattr(_ffi_attention, "_runs", lambda: True)
+    monkeypatch.setattr(_ffi_attention, "records_calls", lambda: False)
+    _, sparse = models("tied", "float16", "within")
+    model = inference_model(sparse, form="device")
+    text = lowered_for_cuda(model, 3)
+    assert (text.count(CHAIN), text.count(DECODE), text.count(ATTEND)) == (LAYERS, 1, LAYERS)
+    assert len(re.findall(r"stablehlo\.dot_general", text)) == 1  # the head's
+    # Only the weights may be read early: of the cache it is not known who wrote it.
+    assert text.count("prefetch = true") == LAYERS + 1
+    # In generate's loop nothing writes the cache but the attentions themselves.
+    graphdef, state = nnx.split(model)
+    cache = init_cache(model.config, 3, 64, dtype=model.dtype)
+    keys = jax.random.split(jax.random.key(0), CHUNK)
+    text = decode.trace(
+        graphdef, state, jnp.zeros(3, jnp.int32), cache, keys,
+        temperature=0.0, top_k=None, top_p=1.0,
+    ).lower(lowering_platforms=("cuda",)).as_text()  # fmt: skip
+    assert text.count(f"@{ATTEND}") == LAYERS
+    assert text.count("prefetch = true") == 2 * LAYERS + 1
 
 
 @needs_build

@@ -73,6 +73,7 @@ FULL = table(
         12.0,
         None,
         LibraryTime(10.0, Algorithm(3, 2, SplitKMode.TWO_KERNELS, 1, 0)),
+        partial=True,
     ),
     Record(80, 48, "bfloat16", 1, None, DecodeTime(2.25)),
 )
@@ -206,6 +207,26 @@ def test_where_tables_are_kept(tmp_path, monkeypatch):
 def test_machines_are_not_mixed():
     with pytest.raises(ValueError, match="different machines cannot be merged"):
         merge_tables(table(record()), table(record(), machine=ABACUS._replace(capability="9.1")))
+
+
+def test_what_some_algorithms_gave_replaces_a_full_search_only_where_it_is_faster():
+    def with_library(microseconds, partial):
+        time = None if microseconds is None else LibraryTime(microseconds, Algorithm(1))
+        return dataclasses.replace(record(), cusparselt=time, partial=partial)
+
+    def merged(older, newer):
+        (found,) = merge_tables(table(older), table(newer)).records
+        return found
+
+    full, slower, faster = (
+        with_library(*each) for each in ((9.0, False), (10.0, True), (8.0, True))
+    )
+    none = with_library(None, True)
+    for newer, wins in ((slower, full), (none, full), (faster, faster)):
+        assert merged(full, newer) is wins
+    assert merged(faster, slower) is slower
+    assert merged(faster, full) is full
+    assert merged(with_library(None, False), slower) is slower
 
 
 # ---- what is no table

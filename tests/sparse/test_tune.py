@@ -18,8 +18,10 @@ from esparse_jax.sparse import (
     Algorithm,
     Limits,
     Machine,
+    Record,
     SplitKMode,
     TuneProgress,
+    TuningTable,
     _ffi_cuda,
     _ffi_cusparselt,
     blob24,
@@ -326,9 +328,29 @@ def test_an_algorithm_that_fewer_rows_show_to_be_slow_is_not_asked_again(worker)
 
 def test_a_search_may_be_of_some_algorithms(worker):
     worker.write({}, algorithms=10, decode=False)
-    worker.tune([64], algorithms=[9, 2, 77], splits=False)
+    (record,) = worker.tune([64], algorithms=[9, 2], splits=False).values()
     asked = {line["name"] for line in worker.asked()}
     assert asked == {"dense", "cusparselt, id 2", "cusparselt, id 9"}
+    assert record.partial
+    # A full search does not take it for its own; another of some algorithms does.
+    found = TuningTable(Machine("Abacus 9", "9.0", "0.8.0"), "1", (record,))
+    assert rows_left(found, SHAPE, "float16", [64]) == [64]
+    assert rows_left(found, SHAPE, "float16", [64], partial=True) == []
+    assert not worker.tune([64], known=lambda machine: found)[64].partial
+    with pytest.raises(ValueError, match="has the algorithms 0 to 9 for this product; got 77"):
+        worker.tune([64], algorithms=[9, 77])
+
+
+def test_what_was_not_tried_is_tried_where_it_is_named(worker):
+    worker.write({"cusparselt, id 2": 5.0})
+    failed = {"cusparselt, id 2": f"with 64 rows: {tune_file._NOT_TRIED}"}
+    before = TuningTable(
+        Machine("Abacus 9", "9.0", "0.8.0"), "1", (Record(64, 64, "float16", 64, failed=failed),)
+    )
+    (record,) = worker.tune([64], known=lambda machine: before).values()
+    assert record.cusparselt.microseconds == 20.0
+    (record,) = worker.tune([64], algorithms=[2], known=lambda machine: before).values()
+    assert record.cusparselt.microseconds == 5.0
 
 
 def test_what_failed_for_one_shape_is_not_tried_for_another(worker):
@@ -340,10 +362,10 @@ def test_what_failed_for_one_shape_is_not_tried_for_another(worker):
     assert records[64].cusparselt.algorithm.id == 2
     assert records[64].failed == {
         "cusparselt, id 0": "64x128 with 64 rows: the process died (SIGSEGV)",
-        "cusparselt, id 1": "64x128 with 64 rows: wrong numbers, 3 times too far",
+        "cusparselt, id 1": "with 64 rows: wrong numbers, 3 times too far",  # asked again
     }
     second = dataclasses.replace(first, records=(records[64],))
-    assert tune_file.failed_algorithms(second, "float16") == records[64].failed
+    assert list(tune_file.failed_algorithms(second, "float16")) == ["cusparselt, id 0"]
     assert tune_file.failed_algorithms(first, "bfloat16") == {}
 
 
