@@ -1,5 +1,7 @@
 """Settings that every test runs under."""
 
+import importlib.resources
+
 import hypothesis
 import jax
 import pytest
@@ -15,6 +17,15 @@ hypothesis.settings.load_profile("esparse")
 # Rooms whose tests drive whole models: nearly all their time is compilation, and what they check
 # does not depend on how well XLA optimises.
 DRIVERS = {"pipeline", "inference", "command"}
+
+
+@pytest.fixture
+def packaged(tmp_path, monkeypatch):
+    """The package's folder of tuning tables, empty."""
+    folder = tmp_path / "package" / "tables"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(importlib.resources, "files", lambda package: folder.parent)
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -20,7 +20,7 @@ REMEMBERED = (_ffi.cpu_levels, _ffi_cusparselt._find)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_cache(tmp_path, monkeypatch, packaged):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     stored_table.cache_clear()
     yield

@@ -88,15 +88,6 @@ def own_cache(tmp_path, monkeypatch):
     stored_table.cache_clear()
 
 
-@pytest.fixture
-def packaged(tmp_path, monkeypatch):
-    """The package's folder of tables, empty."""
-    folder = tmp_path / "package" / "tables"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(table_module.importlib.resources, "files", lambda package: folder.parent)
-    return folder
-
-
 # ---- looking up
 
 
