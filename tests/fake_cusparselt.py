@@ -120,7 +120,7 @@ def used_on_host(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 
 
 @functools.cache
-def open_on_host(file: Path) -> _ffi_cusparselt.Library:
+def open_on_host(file: Path) -> _ffi_cusparselt.OpenedLibrary:
     """The stand-in as a library of the CPU platform, whose handlers are registered."""
     extension = native.extension()
     jax.devices("cpu")  # XLA refuses handlers with a state before its CPU backend is up
@@ -128,7 +128,7 @@ def open_on_host(file: Path) -> _ffi_cusparselt.Library:
         jax.ffi.register_ffi_type(name, registration, platform=platform)
     for name, (platform, stages) in extension.host_registrations().items():
         jax.ffi.register_ffi_target(name, stages, platform=platform)
-    return _ffi_cusparselt.Library(*extension.cusparselt_open(str(file), on_host=True), True)
+    return _ffi_cusparselt.OpenedLibrary(*extension.cusparselt_open(str(file), on_host=True), True)
 
 
 def run(program: str, *arguments: str, first: Path | None = None, **environment: str) -> str:

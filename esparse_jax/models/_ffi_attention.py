@@ -1,7 +1,6 @@
 """The extension's attention of a decode step, for NVIDIA GPUs."""
 
 import functools
-import logging
 import re
 
 import jax
@@ -11,9 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from esparse_jax import native
+from esparse_jax.models.attention import log_once
 from esparse_jax.sparse import records_calls
-
-_LOGGER = logging.getLogger(__name__)
 
 _DTYPES = ("bfloat16", "float16")
 _FEATURES = (64, 128)
@@ -32,11 +30,11 @@ def attend_takes(dtype: DTypeLike, heads: int, kv_heads: int, features: int) -> 
     fits = jnp.dtype(dtype).name in _DTYPES and features in _FEATURES
     if fits and rest == 0 and shared in _SHARED:
         return True
-    _log_once(
+    log_once(
         f"the attention of a decode step is several kernels in place of one: that is there for "
         f"16-bit numbers, {' or '.join(map(str, _FEATURES))} features and "
         f"{', '.join(map(str, _SHARED))} query heads to a key; here are {jnp.dtype(dtype).name}, "
-        f"{features} features, and {heads} query heads to {kv_heads} keys"
+        f"{features} features, and {heads} query heads to {kv_heads} keys."
     )
     return False
 
@@ -55,11 +53,6 @@ def _runs() -> bool:
 def _capability(device: jax.Device) -> float:
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return 0.0 if found is None else float(found[0])
-
-
-@functools.cache
-def _log_once(reason: str) -> None:
-    _LOGGER.warning("%s.", reason)
 
 
 def attend(

@@ -51,7 +51,7 @@ def _cudnn_takes(query: Array, key: Array, value: Array) -> bool:
         return False
     refusal = _refusal(tuple((x.shape, x.dtype.name) for x in (query, key, value)))
     if refusal is not None:
-        _log_once(refusal)
+        log_once(f"attention by XLA in place of cuDNN, slower for long prompts: {refusal}")
     return refusal is None
 
 
@@ -66,8 +66,9 @@ def _refusal(operands: tuple[tuple[tuple[int, ...], str], ...]) -> str | None:
 
 
 @functools.cache
-def _log_once(reason: str) -> None:
-    _LOGGER.warning("attention by XLA in place of cuDNN, slower for long prompts: %s", reason)
+def log_once(line: str) -> None:
+    """Says why an attention takes a slower way than it might."""
+    _LOGGER.warning("%s", line)
 
 
 def masked_attention(

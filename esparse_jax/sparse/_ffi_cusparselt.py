@@ -101,7 +101,7 @@ class Algorithm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Library:
+class OpenedLibrary:
     """An opened cuSPARSELt.
 
     Attributes:
@@ -148,7 +148,7 @@ def available() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def library() -> Library | None:
+def opened_library() -> OpenedLibrary | None:
     """The library of this process, opened on first use, or None where there is none."""
     found = _find()
     return None if isinstance(found, str) else found
@@ -167,14 +167,14 @@ def load_cusparselt() -> str:
 
 
 @functools.cache
-def _find() -> Library | str:
+def _find() -> OpenedLibrary | str:
     extension = native.extension()
     if extension is None:
         return "the compiled extension is missing (see BUILD.md)"
     tried = []
     for path in [*map(str, _wheel_files()), ""]:  # "" is the system's search
         try:
-            opened = Library(*extension.cusparselt_open(path))
+            opened = OpenedLibrary(*extension.cusparselt_open(path))
         except RuntimeError as error:
             tried.append(str(error))
             continue
@@ -193,7 +193,7 @@ def _wheel_files() -> Iterator[Path]:
                 yield file
 
 
-def _require() -> Library:
+def _require() -> OpenedLibrary:
     found = _find()
     if isinstance(found, str):
         raise RuntimeError(
@@ -205,13 +205,13 @@ def _require() -> Library:
 
 def _loaded_extension() -> ModuleType:
     extension = native.extension()
-    assert extension is not None, "a Library comes from the extension"
+    assert extension is not None, "an OpenedLibrary comes from the extension"
     return extension
 
 
 def device() -> jax.Device | None:
     """The GPU that stands for this process's GPUs: the first, or None where JAX sees none."""
-    opened = library()
+    opened = opened_library()
     try:
         return jax.devices("cpu" if opened and opened.on_host else "cuda")[0]
     except RuntimeError:
@@ -220,7 +220,7 @@ def device() -> jax.Device | None:
 
 def architecture(of: jax.Device) -> int:
     """90 for compute capability 9.0."""
-    opened = library()
+    opened = opened_library()
     if opened and opened.on_host:
         return _loaded_extension().cusparselt_host_architecture()
     return int(of.compute_capability.replace(".", ""))
@@ -262,7 +262,7 @@ def describe_plan(
 
 @functools.cache
 def _workspace_bytes(
-    opened: Library, rows: int, out: int, channels: int, dtype: str, algorithm: Algorithm
+    opened: OpenedLibrary, rows: int, out: int, channels: int, dtype: str, algorithm: Algorithm
 ) -> int:
     del opened  # part of the key
     return describe_plan(
@@ -303,7 +303,7 @@ def matmul(
     Raises:
         RuntimeError: The library cannot be called, or refuses the product.
     """
-    opened, gpu = library(), device()
+    opened, gpu = opened_library(), device()
     if opened is None and (gpu is not None or native.extension() is None):
         _require()  # without a GPU it is not needed: the computation is lowered for elsewhere
     extension = _loaded_extension()
@@ -334,7 +334,9 @@ def matmul(
 
 
 @functools.cache
-def _compressed_bytes(opened: Library, out: int, channels: int, dtype: str) -> tuple[int, int]:
+def _compressed_bytes(
+    opened: OpenedLibrary, out: int, channels: int, dtype: str
+) -> tuple[int, int]:
     return _loaded_extension().cusparselt_compressed_bytes(
         out=out, channels=channels, dtype=dtype, on_host=opened.on_host
     )

@@ -92,7 +92,7 @@ class Bench:
             self._x = x.astype(self._dtype)
             self._exact = exact_product(self._x, self._weight)
             self._blob = device_blob24(compress24(self._weight)) if on_gpu else None
-        self._library = _ffi_cusparselt.library() if on_gpu else None
+        self._library = _ffi_cusparselt.opened_library() if on_gpu else None
         self._no_library: str | None = None
         self._split_k: int | None = None  # that the library takes by itself
         if on_gpu and self._library is None:

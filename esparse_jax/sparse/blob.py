@@ -185,7 +185,7 @@ def device_blob24(compressed: Compressed24) -> Blob24 | LibraryBlob24:
     out, kept = compressed.values.shape
     shape, dtype = (out, 2 * kept), np.dtype(compressed.dtype)
     reason = why_no_blob(shape, dtype)
-    opened, gpu = _ffi_cusparselt.library(), _ffi_cusparselt.device()
+    opened, gpu = _ffi_cusparselt.opened_library(), _ffi_cusparselt.device()
     here = opened is not None and gpu is not None
     if reason is None and not (here and _library_layout_is_blob24() is False):
         return blob24(compressed)
@@ -228,7 +228,7 @@ def blob24_readers() -> tuple[int, ...]:
     gpu = _ffi_cusparselt.device()
     if gpu is None:
         return tuple(_ffi_cusparselt.reader(*known) for known in _KNOWN_READERS)
-    opened = _ffi_cusparselt.library()
+    opened = _ffi_cusparselt.opened_library()
     if opened is None or not library_blob_agrees():
         return ()
     return (_ffi_cusparselt.reader(opened.version, _ffi_cusparselt.architecture(gpu)),)
@@ -236,7 +236,7 @@ def blob24_readers() -> tuple[int, ...]:
 
 def _library_layout_is_blob24() -> bool | None:
     """None where it cannot be found out."""
-    opened, gpu = _ffi_cusparselt.library(), _ffi_cusparselt.device()
+    opened, gpu = _ffi_cusparselt.opened_library(), _ffi_cusparselt.device()
     if opened is None or gpu is None:
         return None
     return _compare_layouts(opened, gpu, _ffi_cusparselt.architecture(gpu))
@@ -244,7 +244,7 @@ def _library_layout_is_blob24() -> bool | None:
 
 @functools.cache
 def _compare_layouts(
-    opened: _ffi_cusparselt.Library, gpu: jax.Device, architecture: int
+    opened: _ffi_cusparselt.OpenedLibrary, gpu: jax.Device, architecture: int
 ) -> bool | None:
     where = f"cuSPARSELt {opened.version_name} on sm_{architecture}"
 

@@ -45,7 +45,7 @@ def this_machine() -> Machine | None:
     gpu = _ffi_cusparselt.device()
     if gpu is None:
         return None
-    library = _ffi_cusparselt.library()
+    library = _ffi_cusparselt.opened_library()
     major, minor = divmod(_ffi_cusparselt.architecture(gpu), 10)
     version = None if library is None else library.version_name
     return Machine(gpu.device_kind, f"{major}.{minor}", version)
@@ -125,7 +125,7 @@ class LibraryFacts(NamedTuple):
 
 def library_facts() -> LibraryFacts:
     """Looks for cuSPARSELt and opens it, which does not need a GPU."""
-    opened = _ffi_cusparselt.library()
+    opened = _ffi_cusparselt.opened_library()
     if opened is None:
         return LibraryFacts(None, None, _ffi_cusparselt.available())
     return LibraryFacts(opened.version_name, opened.path, None)

@@ -305,7 +305,7 @@ def _batchable_blob(choice: _Choice):
                 x, data, out=shape[0], readers=readers, algorithm=algorithm
             )
 
-        opened = _ffi_cusparselt.library()
+        opened = _ffi_cusparselt.opened_library()
         platform = "cuda" if opened is None else opened.platform
         return jax.lax.platform_dependent(x, data, **{platform: call}, **default)
 
@@ -314,7 +314,7 @@ def _batchable_blob(choice: _Choice):
         for way in _ways(choice, x.shape[0]):
             if way.kind == "decode":
                 return decode(x, data, way.plan, default=unpacked)
-            readers = blob24_readers() if _ffi_cusparselt.library() else ()
+            readers = blob24_readers() if _ffi_cusparselt.opened_library() else ()
             if readers:
                 taken = algorithm or _fitting(choice, way.algorithm, x.shape[0], readers)
                 return library(x, data, readers, taken, default=unpacked)
@@ -459,7 +459,7 @@ def _decode_takes(rows: int) -> bool:
 def _require_readers() -> tuple[int, ...]:
     """Which cuSPARSELt may read a `Blob24` in this computation, or an error."""
     readers = blob24_readers()
-    if readers or _ffi_cusparselt.library() is None:  # then its own error is the better one
+    if readers or _ffi_cusparselt.opened_library() is None:  # then its own error is the better one
         return readers
     raise RuntimeError(
         "cuSPARSELt on this GPU does not read a Blob24: its layout is another, or it could not be "

@@ -62,7 +62,7 @@ template <typename Platform>
 struct MatmulState {
   static ffi::TypeId id;  // XLA writes it when the type is registered
 
-  SharedLibrary library;
+  SharedLibrary vendor;
   Algorithm algorithm;
   std::vector<int32_t> readers;
   PerDevice<Plan> plans;
@@ -73,7 +73,7 @@ template <typename Platform>
 struct CompressState {
   static ffi::TypeId id;
 
-  SharedLibrary library;
+  SharedLibrary vendor;
   PerDevice<Compression> compressions;
 };
 
@@ -160,7 +160,7 @@ ffi::ErrorOr<std::unique_ptr<MatmulState<Platform>>> InstantiateMatmul(
     }
     auto state = std::make_unique<MatmulState<Platform>>();
     ESPARSE_ASSIGN_OR_RETURN(library, Library::Loaded(Platform::kLibrary));
-    state->library = std::make_shared<const Library>(std::move(library));
+    state->vendor = std::make_shared<const Library>(std::move(library));
     state->algorithm = {algorithm, split_k, split_k_mode, split_k_buffers};
     state->readers.assign(readers.begin(), readers.end());
     return Result(std::move(state));
@@ -180,9 +180,9 @@ ffi::ErrorOr<SharedPlan> PlanOf(const MatmulState<Platform>& state, const ffi::A
     return Failure{InvalidArgument("y must have the rows and the dtype of x; got x ", Describe(x),
                                    " and y ", Describe(y), ".")};
   }
-  ESPARSE_RETURN_IF_ERROR(CheckReader<Platform>(*state.library, state.readers));
-  ESPARSE_ASSIGN_OR_RETURN(current, Platform::Device(*state.library));
-  ESPARSE_ASSIGN_OR_RETURN(context, Context::On(state.library, current));
+  ESPARSE_RETURN_IF_ERROR(CheckReader<Platform>(*state.vendor, state.readers));
+  ESPARSE_ASSIGN_OR_RETURN(current, Platform::Device(*state.vendor));
+  ESPARSE_ASSIGN_OR_RETURN(context, Context::On(state.vendor, current));
   ESPARSE_ASSIGN_OR_RETURN(plan, Plan::Of(context, problem, state.algorithm));
   if (blob.element_count() != plan->blob_bytes()) {
     return Failure{InvalidArgument("a 2:4 weight of ", problem.out, " outputs and ",
@@ -232,7 +232,7 @@ ffi::ErrorOr<std::unique_ptr<CompressState<Platform>>> InstantiateCompress() {
   return WithoutExceptions([&]() -> Result {
     auto state = std::make_unique<CompressState<Platform>>();
     ESPARSE_ASSIGN_OR_RETURN(library, Library::Loaded(Platform::kLibrary));
-    state->library = std::make_shared<const Library>(std::move(library));
+    state->vendor = std::make_shared<const Library>(std::move(library));
     return Result(std::move(state));
   });
 }
@@ -244,8 +244,8 @@ ffi::ErrorOr<std::shared_ptr<const Compression>> MakeCompression(
   ESPARSE_RETURN_IF_ERROR(CheckMatrix("weight", weight));
   ESPARSE_RETURN_IF_ERROR(CheckBytes("blob", blob));
   ESPARSE_ASSIGN_OR_RETURN(type, TypeOf(weight, "weight"));
-  ESPARSE_ASSIGN_OR_RETURN(current, Platform::Device(*state.library));
-  ESPARSE_ASSIGN_OR_RETURN(context, Context::On(state.library, current));
+  ESPARSE_ASSIGN_OR_RETURN(current, Platform::Device(*state.vendor));
+  ESPARSE_ASSIGN_OR_RETURN(context, Context::On(state.vendor, current));
   ESPARSE_ASSIGN_OR_RETURN(compression, Compression::Create(context, weight.dimensions()[0],
                                                             weight.dimensions()[1], type));
   if (blob.element_count() != compression.blob_bytes()) {

@@ -22,7 +22,7 @@ constexpr int kNoContext = 201;     // CUDA_ERROR_INVALID_CONTEXT
 
 // The driver that is loaded in this process, and what is asked of it.
 struct Driver {
-  std::unique_ptr<void, Close> library{dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD)};
+  std::unique_ptr<void, Close> file{dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD)};
   CtxGetDevice* get_device = Find<CtxGetDevice>("cuCtxGetDevice");
   DeviceGetAttribute* get_attribute = Find<DeviceGetAttribute>("cuDeviceGetAttribute");
 
@@ -36,7 +36,7 @@ struct Driver {
  private:
   template <typename Function>
   Function* Find(const char* name) const {
-    return library == nullptr ? nullptr : reinterpret_cast<Function*>(dlsym(library.get(), name));
+    return file == nullptr ? nullptr : reinterpret_cast<Function*>(dlsym(file.get(), name));
   }
 };
 
@@ -70,7 +70,7 @@ ffi::ErrorOr<int> OnCuda::Architecture(const Library&) {
 
 ffi::ErrorOr<int> OnCuda::Device(const Library&) {
   const Driver driver;
-  if (driver.library == nullptr) return 0;  // then nothing is current
+  if (driver.file == nullptr) return 0;  // then nothing is current
   ESPARSE_RETURN_IF_ERROR(driver.Check());
   int device = 0;
   const int status = driver.get_device(&device);

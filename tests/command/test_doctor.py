@@ -80,7 +80,7 @@ def with_gpu(monkeypatch):
             compute_capability=capability,
             memory_stats=lambda: {"bytes_limit": 10**11},
         )
-        opened = _ffi_cusparselt.Library(800, "/site/libcusparseLt.so.0")
+        opened = _ffi_cusparselt.OpenedLibrary(800, "/site/libcusparseLt.so.0")
         monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: opened if library else "no file.")
         machine = H200._replace(cusparselt="0.8.0" if library else None)
         for module, name, value in (

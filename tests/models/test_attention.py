@@ -78,10 +78,10 @@ def test_each_form_follows_the_formula(dtype, jitted):
 @pytest.fixture
 def asked_anew():
     """What is known of cuDNN is of this machine's, before and afterwards."""
-    for known in (attention._refusal, attention._log_once):
+    for known in (attention._refusal, attention.log_once):
         known.cache_clear()
     yield
-    for known in (attention._refusal, attention._log_once):
+    for known in (attention._refusal, attention.log_once):
         known.cache_clear()
 
 

@@ -608,7 +608,7 @@ def test_all_stages_are_registered_for_cuda():
 
 LOAD = """
     from esparse_jax.sparse import _ffi_cusparselt, load_cusparselt
-    print(load_cusparselt(), _ffi_cusparselt.library().path)
+    print(load_cusparselt(), _ffi_cusparselt.opened_library().path)
 """
 
 
@@ -738,7 +738,7 @@ def test_without_the_library_the_way_to_get_it_is_named(monkeypatch):
     reason = "cuSPARSELt could not be opened: it is not there."
     monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: reason)
     assert _ffi_cusparselt.available() == reason
-    assert _ffi_cusparselt.library() is None
+    assert _ffi_cusparselt.opened_library() is None
     for call in (
         _ffi_cusparselt.load_cusparselt,
         lambda: _ffi_cusparselt.compress(weight24((64, 64), "float16")),

@@ -55,7 +55,7 @@ def _two_kept(shape, dtype, seed=0) -> jax.Array:
 
 def test_it_is_there():
     assert load_cusparselt().split(".")[0] == "0"
-    assert _ffi_cusparselt.library().path.endswith(".so.0")
+    assert _ffi_cusparselt.opened_library().path.endswith(".so.0")
 
 
 def test_on_hopper_the_layouts_agree():
@@ -165,7 +165,7 @@ def test_the_bits_are_those_of_pytorch(shape, dtype, rows):
     torch = _torch_with_library()
     weight, x = _two_kept(shape, dtype), random_x(rows, shape[1], dtype=dtype)
     data = jax.jit(_ffi_cusparselt.compress)(weight)
-    readers = (_ffi_cusparselt.reader(_ffi_cusparselt.library().version, _architecture()),)
+    readers = (_ffi_cusparselt.reader(_ffi_cusparselt.opened_library().version, _architecture()),)
     their_weight, their_x = torch._cslt_compress(_to_torch(weight)), _to_torch(x)
     facts = _ffi_cusparselt.describe_plan(
         rows=rows, out=shape[0], channels=shape[1], dtype=np.dtype(dtype)

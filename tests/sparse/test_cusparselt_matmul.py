@@ -304,7 +304,7 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def installed(no_gpu, monkeypatch):
     """As if the library could be opened there."""
-    library = _ffi_cusparselt.Library(800, "libcusparseLt.so.0")
+    library = _ffi_cusparselt.OpenedLibrary(800, "libcusparseLt.so.0")
     monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: library)
 
 

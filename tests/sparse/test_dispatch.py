@@ -58,7 +58,7 @@ def traced_anew():
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
     """A machine where the library could be opened, and which has no GPU."""
-    library = _ffi_cusparselt.Library(800, "libcusparseLt.so.0")
+    library = _ffi_cusparselt.OpenedLibrary(800, "libcusparseLt.so.0")
     monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: library)
     monkeypatch.setattr(_ffi_cusparselt, "device", lambda: None)
 
