@@ -249,6 +249,11 @@ def describe_plan(
         on_host=opened.on_host,
         **(algorithm or Algorithm())._attributes(),
     )
+    return _plan_facts(answer)
+
+
+def _plan_facts(answer: dict[str, int]) -> PlanFacts:
+    """What the extension says of a plan."""
     reported = {
         "id": answer["algorithm"],
         **{name: answer[name] for name in ("split_k", "split_k_mode", "split_k_buffers")},
@@ -363,68 +368,104 @@ def compress(weight: Float[Array, "out channel"]) -> UInt8[Array, " blob_byte"]:
     return jax.ffi.ffi_call(target, results, vmap_method="sequential")(weight)[0]
 
 
-def time_candidate(
-    x: Float[Array, "row channel"],
-    blobs: UInt8[Array, "copy blob_byte"],
-    *,
-    out: int,
-    algorithm: Algorithm,
-    launches: int = 48,
-    replays: int = 11,
-    y: Float[Array, "row column"] | None = None,
-) -> float:
-    """Microseconds a product takes by one algorithm: the median over replays of a CUDA graph.
+class Search:
+    """The algorithms of one product, one after the other, on the GPU that is JAX's first.
 
-    A bad algorithm may leave the GPU's context broken, or never return: search in a process of its
-    own, with a time limit.
+    What the library has to be told is told once: to take another algorithm is then a hundred times
+    faster than a plan made anew. Not for several threads.
 
     Args:
-        x: On the GPU that is to be timed, a multiple of 8 rows.
-        blobs: Copies of one weight that come to 300 MB or more with x and y, so that none is still
-            in the cache when its turn comes again. A single launch takes one copy of any size.
-        launches: In one graph; at least as many as there are copies.
-        y: `[row, out]`, which the product is written over, to be looked at afterwards. None: it is
-            thrown away.
+        rows: Of x, a multiple of 8.
+        out, channels: Of the weight.
+        dtype: float16 or bfloat16.
 
     Raises:
-        RuntimeError: The extension has no CUDA part, or the library refuses the algorithm, or the
-            GPU failed; the message names the call.
-        ValueError: `x` has a number of rows that 8 does not divide.
+        RuntimeError: There is no library.
+        ValueError: 8 does not divide the rows.
     """
-    opened = _require()
-    extension = _loaded_extension()
-    if not extension.HAS_CUSPARSELT_TIMER:
-        raise RuntimeError(
-            "timing an algorithm needs the compiled extension with its CUDA part, which is not in "
-            "this build. Install with nvcc at hand, pip install . "
-            "-C cmake.define.ESPARSE_CUDA=ON (see BUILD.md)."
+
+    def __init__(self, *, rows: int, out: int, channels: int, dtype: np.dtype):
+        opened = _require()
+        if rows % ROW_UNIT or rows == 0:
+            raise ValueError(f"a search takes a multiple of {ROW_UNIT} rows; got {rows}. Pad x.")
+        self._product = (rows, channels, np.dtype(dtype))
+        self._out = out
+        self._workspace_bytes = 0
+        self._search = _loaded_extension().CusparseltSearch(
+            rows=rows,
+            out=out,
+            channels=channels,
+            dtype=np.dtype(dtype).name,
+            on_host=opened.on_host,
         )
-    rows, channels = x.shape
-    if rows % ROW_UNIT or rows == 0:
-        raise ValueError(f"a timing takes a multiple of {ROW_UNIT} rows; got {rows}. Pad x.")
-    (where,) = x.devices()
-    workspace = algorithm.workspace_bytes
-    if workspace is None:
-        workspace = _workspace_bytes(opened, rows, out, channels, x.dtype.name, algorithm)
-    with jax.default_device(where):
-        y = jnp.zeros((rows, out), x.dtype) if y is None else y
-    # What a workspace holds at first is not known where XLA sets it aside. Made on the host, since
-    # every size would be compiled for.
-    scratch = jax.device_put(np.full(max(workspace, 1), 0xFF, np.uint8), where)
-    jax.block_until_ready((x, blobs, y, scratch))
-    return extension.cusparselt_time(
-        device=where.local_hardware_id,
-        rows=rows,
-        out=out,
-        channels=channels,
-        dtype=x.dtype.name,
-        x=x.unsafe_buffer_pointer(),
-        blobs=blobs.unsafe_buffer_pointer(),
-        copies=blobs.shape[0],
-        y=y.unsafe_buffer_pointer(),
-        workspace=scratch.unsafe_buffer_pointer(),
-        workspace_bytes=workspace,
-        launches=max(launches, blobs.shape[0]),
-        replays=replays,
-        **algorithm._attributes(),
-    )
+
+    def take(self, algorithm: Algorithm | None) -> PlanFacts:
+        """Takes an algorithm, None being the library's own choice; the one before is given up.
+
+        Raises:
+            RuntimeError: The library refuses the product or the algorithm; the message names its
+                call. Another one can be taken then.
+        """
+        facts = _plan_facts(self._search.take(**(algorithm or Algorithm())._attributes()))
+        self._workspace_bytes = facts.workspace_bytes
+        return facts
+
+    def time(
+        self,
+        x: Float[Array, "row channel"],
+        blobs: UInt8[Array, "copy blob_byte"],
+        *,
+        launches: int = 48,
+        replays: int = 11,
+        y: Float[Array, "all_rows out"] | None = None,
+    ) -> float:
+        """Microseconds a product takes by what was taken: the median over replays of a CUDA graph.
+
+        A bad algorithm may leave the GPU's context broken, or never return: search in a process of
+        its own, with a time limit.
+
+        Args:
+            x: On the GPU.
+            blobs: Copies of one weight that come to 300 MB or more with x and y, so that none is
+                still in the cache when its turn comes again. A single launch takes one copy of any
+                size.
+            launches: In one graph; at least as many as there are copies.
+            y: The product is written over its first rows, to be looked at afterwards. None: it is
+                thrown away.
+
+        Raises:
+            RuntimeError: The extension has no CUDA part, or no algorithm was taken, or the GPU
+                failed; the message names the call.
+            ValueError: `x` is not what the search was made for.
+        """
+        if not native.extension().HAS_CUSPARSELT_TIMER:
+            raise RuntimeError(
+                "timing an algorithm needs the compiled extension with its CUDA part, which is not "
+                "in this build. Install with nvcc at hand, pip install . "
+                "-C cmake.define.ESPARSE_CUDA=ON (see BUILD.md)."
+            )
+        rows, channels, dtype = self._product
+        if (*x.shape, x.dtype) != self._product:
+            raise ValueError(
+                f"the search is for x of {dtype.name}[{rows}, {channels}]; got "
+                f"{x.dtype.name}{list(x.shape)}."
+            )
+        (where,) = x.devices()
+        with jax.default_device(where):
+            y = jnp.zeros((rows, self._out), dtype) if y is None else y
+        # What a workspace holds at first is not known where XLA sets it aside. Made on the host,
+        # since every size would be compiled for.
+        workspace = self._workspace_bytes
+        scratch = jax.device_put(np.full(max(workspace, 1), 0xFF, np.uint8), where)
+        jax.block_until_ready((x, blobs, y, scratch))
+        return self._search.time(
+            device=where.local_hardware_id,
+            x=x.unsafe_buffer_pointer(),
+            blobs=blobs.unsafe_buffer_pointer(),
+            copies=blobs.shape[0],
+            y=y.unsafe_buffer_pointer(),
+            workspace=scratch.unsafe_buffer_pointer(),
+            workspace_bytes=workspace,
+            launches=max(launches, blobs.shape[0]),
+            replays=replays,
+        )

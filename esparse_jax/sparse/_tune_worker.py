@@ -104,6 +104,7 @@ class Bench:
         self._weights = [self._weight]  # dense copies
         self._blobs = None if self._blob is None else self._blob.data[None]
         self._all_blobs = self._blobs
+        self._search: _ffi_cusparselt.Search | None = None  # of the rows at hand
 
     def facts(self) -> dict[str, Any]:
         """What the parent has to know before it asks."""
@@ -123,7 +124,7 @@ class Bench:
         """Makes x, and copies of the weight that leave the caches behind."""
         if self._rows == rows:
             return
-        self._rows = 0
+        self._rows, self._search = 0, None
         self._operand = jax.block_until_ready(self._x[:rows])
         if self._blob is not None:
             data = self._blob.data
@@ -135,18 +136,16 @@ class Bench:
 
     def _count_algorithms(self) -> int:
         try:
-            plan = self._plan(self._most_rows, None)
+            plan = self._search_of(self._most_rows).take(None)
         except RuntimeError as error:
             self._no_library = str(error)
             return 0
         self._split_k = plan.chosen.split_k
         return plan.algorithms
 
-    def _plan(self, rows: int, algorithm: Algorithm | None) -> _ffi_cusparselt.PlanFacts:
+    def _search_of(self, rows: int) -> _ffi_cusparselt.Search:
         out, channels = self._shape
-        return _ffi_cusparselt.describe_plan(
-            rows=rows, out=out, channels=channels, dtype=self._dtype, algorithm=algorithm
-        )
+        return _ffi_cusparselt.Search(rows=rows, out=out, channels=channels, dtype=self._dtype)
 
     def run(self, rows: int, candidate: Mapping[str, Any], **effort: Any) -> dict[str, Any]:
         """The fields of a report's end."""
@@ -158,13 +157,14 @@ class Bench:
             return self._time_pieces()
         if kind == "decode":
             return self._time(functools.partial(self._decode, fields["plan"]), **effort)
-        algorithm = Algorithm(**fields)
         try:
-            workspace = {"workspace_bytes": self._plan(rows, algorithm).workspace_bytes}
+            if self._search is None:
+                self._search = self._search_of(rows)
+            taken = self._search.take(Algorithm(**fields))
         except RuntimeError as error:
             return {"refused": str(error)}
-        launch = functools.partial(self._by_library, Algorithm(**fields | workspace))
-        return self._time(launch, **effort) | workspace
+        launch = functools.partial(self._by_library, self._search)
+        return self._time(launch, **effort) | {"workspace_bytes": taken.workspace_bytes}
 
     def works(self) -> bool:
         """Whether the GPU still computes, after an error."""
@@ -219,17 +219,15 @@ class Bench:
         )
 
     def _by_library(
-        self, algorithm: Algorithm, y: Array, blobs: Array, *, launches: int, replays: int
+        self,
+        search: _ffi_cusparselt.Search,
+        y: Array,
+        blobs: Array,
+        *,
+        launches: int,
+        replays: int,
     ) -> float:
-        return _ffi_cusparselt.time_candidate(
-            self._operand,
-            blobs,
-            out=self._shape[0],
-            algorithm=algorithm,
-            launches=launches,
-            replays=replays,
-            y=y,
-        )
+        return search.time(self._operand, blobs, launches=launches, replays=replays, y=y)
 
     def _time_pieces(self) -> dict[str, Any]:
         product = functools.partial(_ffi_cuda.decode_in_pieces, out=self._shape[0])

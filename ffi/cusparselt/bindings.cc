@@ -5,6 +5,7 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -70,8 +71,7 @@ SharedContext CurrentContext(bool on_host) {
 }
 
 // The plan of a product on the GPU that is current, or the host's. Of the GPUs' the last kKeptPlans
-// that were asked for are kept: tracing asks before an executable holds the plan, and a search asks
-// for the same one until it has timed it.
+// that were asked for are kept: tracing asks before an executable holds the plan.
 SharedPlan CurrentPlan(bool on_host, const Problem& problem, const Algorithm& algorithm) {
   constexpr size_t kKeptPlans = 64;
   SharedPlan plan = ValueOrThrow(Plan::Of(CurrentContext(on_host), problem, algorithm));
@@ -95,33 +95,90 @@ SharedPlan CurrentPlan(bool on_host, const Problem& problem, const Algorithm& al
 
 int HostArchitecture() { return ValueOrThrow(OnHost::Architecture(*LoadedLibrary(true))); }
 
+// What Python is told of a plan.
+struct PlanFacts {
+  explicit PlanFacts(const Plan& plan)
+      : algorithms(plan.algorithms()),
+        workspace_bytes(plan.workspace_bytes()),
+        blob_bytes(plan.blob_bytes()) {
+    const ffi::ErrorOr<Algorithm> answer = plan.Chosen();
+    if (answer.has_value()) chosen = *answer;
+  }
+
+  py::dict Dict() const {
+    py::dict facts;
+    facts["algorithms"] = algorithms;
+    facts["workspace_bytes"] = workspace_bytes;
+    facts["blob_bytes"] = blob_bytes;
+    facts["algorithm"] = chosen.id;
+    facts["split_k"] = chosen.split_k;
+    facts["split_k_mode"] = chosen.split_k_mode;
+    facts["split_k_buffers"] = chosen.split_k_buffers;
+    return facts;
+  }
+
+  int algorithms;
+  size_t workspace_bytes, blob_bytes;
+  Algorithm chosen;  // stays empty if the library does not tell
+};
+
 py::dict DescribePlan(int64_t rows, int64_t out, int64_t channels, const std::string& dtype,
                       int32_t algorithm, int32_t split_k, int32_t split_k_mode,
                       int32_t split_k_buffers, bool on_host) {
   const Problem problem = {rows, out, channels, TypeNamed(dtype)};
   const Algorithm wanted = {algorithm, split_k, split_k_mode, split_k_buffers};
-  Algorithm chosen;  // stays empty if the library does not tell
-  int algorithms = 0;
-  size_t workspace_bytes = 0, blob_bytes = 0;
-  {
+  const PlanFacts facts = [&] {
     const py::gil_scoped_release release;  // to the end of the plan, which waits for its turn
-    const SharedPlan plan = CurrentPlan(on_host, problem, wanted);
-    const ffi::ErrorOr<Algorithm> answer = plan->Chosen();
-    if (answer.has_value()) chosen = *answer;
-    algorithms = plan->algorithms();
-    workspace_bytes = plan->workspace_bytes();
-    blob_bytes = plan->blob_bytes();
-  }
-  py::dict facts;
-  facts["algorithms"] = algorithms;
-  facts["workspace_bytes"] = workspace_bytes;
-  facts["blob_bytes"] = blob_bytes;
-  facts["algorithm"] = chosen.id;
-  facts["split_k"] = chosen.split_k;
-  facts["split_k_mode"] = chosen.split_k_mode;
-  facts["split_k_buffers"] = chosen.split_k_buffers;
-  return facts;
+    return PlanFacts(*CurrentPlan(on_host, problem, wanted));
+  }();
+  return facts.Dict();
 }
+
+// The algorithms of one product, one after the other, on the GPU that is current when it is made
+// or on the host. One thread at a time, which holds the GIL.
+class Search {
+ public:
+  Search(int64_t rows, int64_t out, int64_t channels, const std::string& dtype, bool on_host)
+      : on_host_(on_host), problem_({rows, out, channels, TypeNamed(dtype)}) {}
+
+  // Takes an algorithm; what was taken before is gone, even where this fails.
+  py::dict Take(int32_t algorithm, int32_t split_k, int32_t split_k_mode, int32_t split_k_buffers) {
+    const Algorithm wanted = {algorithm, split_k, split_k_mode, split_k_buffers};
+    taken_ = false;
+    if (plan_.has_value()) {
+      ThrowIfError(plan_->Change(wanted));
+    } else {
+      plan_ = ValueOrThrow(Plan::Create(CurrentContext(on_host_), problem_, wanted));
+    }
+    taken_ = true;
+    return PlanFacts(*plan_).Dict();
+  }
+
+#ifdef ESPARSE_CUDA
+  // Times what was taken last; see TimeCandidate.
+  double Time(int32_t device, uintptr_t x, uintptr_t blobs, int64_t copies, uintptr_t y,
+              uintptr_t workspace, size_t workspace_bytes, int32_t launches,
+              int32_t replays) const {
+    if (!taken_) throw std::runtime_error("there is no algorithm to time: take one first.");
+    Candidate candidate;
+    candidate.x = reinterpret_cast<const void*>(x);
+    candidate.blobs = reinterpret_cast<const void*>(blobs);
+    candidate.copies = copies;
+    candidate.y = reinterpret_cast<void*>(y);
+    candidate.workspace = reinterpret_cast<void*>(workspace);
+    candidate.workspace_bytes = workspace_bytes;
+    CurrentDevice current;
+    ThrowIfError(current.Set(device));
+    return ValueOrThrow(TimeCandidate(*plan_, candidate, launches, replays));
+  }
+#endif
+
+ private:
+  bool on_host_;
+  Problem problem_;
+  std::optional<Plan> plan_;
+  bool taken_ = false;
+};
 
 py::tuple CompressedBytes(int64_t out, int64_t channels, const std::string& dtype, bool on_host) {
   const int type = TypeNamed(dtype);
@@ -134,28 +191,6 @@ py::tuple CompressedBytes(int64_t out, int64_t channels, const std::string& dtyp
   return py::make_tuple(blob_bytes, workspace_bytes);
 }
 
-#ifdef ESPARSE_CUDA
-double Time(int32_t device, int64_t rows, int64_t out, int64_t channels, const std::string& dtype,
-            int32_t algorithm, int32_t split_k, int32_t split_k_mode, int32_t split_k_buffers,
-            uintptr_t x, uintptr_t blobs, int64_t copies, uintptr_t y, uintptr_t workspace,
-            size_t workspace_bytes, int32_t launches, int32_t replays) {
-  const Problem problem = {rows, out, channels, TypeNamed(dtype)};
-  Candidate candidate;
-  candidate.x = reinterpret_cast<const void*>(x);
-  candidate.blobs = reinterpret_cast<const void*>(blobs);
-  candidate.copies = copies;
-  candidate.y = reinterpret_cast<void*>(y);
-  candidate.workspace = reinterpret_cast<void*>(workspace);
-  candidate.workspace_bytes = workspace_bytes;
-  const Algorithm wanted = {algorithm, split_k, split_k_mode, split_k_buffers};
-  const py::gil_scoped_release release;
-  CurrentDevice current;
-  ThrowIfError(current.Set(device));
-  const SharedPlan plan = CurrentPlan(/*on_host=*/false, problem, wanted);
-  return ValueOrThrow(TimeCandidate(*plan, candidate, launches, replays));
-}
-#endif
-
 }  // namespace
 
 void Bind(py::module_& module) {
@@ -167,11 +202,15 @@ void Bind(py::module_& module) {
              arg("split_k_buffers"), arg("on_host"));
   module.def("cusparselt_compressed_bytes", &CompressedBytes, py::kw_only(), arg("out"),
              arg("channels"), arg("dtype"), arg("on_host"));
+  py::class_<Search> search(module, "CusparseltSearch");
+  search.def(py::init<int64_t, int64_t, int64_t, const std::string&, bool>(), py::kw_only(),
+             arg("rows"), arg("out"), arg("channels"), arg("dtype"), arg("on_host"));
+  search.def("take", &Search::Take, py::kw_only(), arg("algorithm"), arg("split_k"),
+             arg("split_k_mode"), arg("split_k_buffers"));
 #ifdef ESPARSE_CUDA
-  module.def("cusparselt_time", &Time, py::kw_only(), arg("device"), arg("rows"), arg("out"),
-             arg("channels"), arg("dtype"), arg("algorithm"), arg("split_k"), arg("split_k_mode"),
-             arg("split_k_buffers"), arg("x"), arg("blobs"), arg("copies"), arg("y"),
-             arg("workspace"), arg("workspace_bytes"), arg("launches"), arg("replays"));
+  search.def("time", &Search::Time, py::kw_only(), arg("device"), arg("x"), arg("blobs"),
+             arg("copies"), arg("y"), arg("workspace"), arg("workspace_bytes"), arg("launches"),
+             arg("replays"));
 #endif
 }
 

@@ -89,29 +89,41 @@ ffi::ErrorOr<SharedPlan> Plan::Of(SharedContext context, const Problem& problem,
 ffi::ErrorOr<Plan> Plan::Create(SharedContext context, const Problem& problem,
                                 const Algorithm& algorithm) {
   Plan plan;
-  plan.context_ = context;
+  plan.context_ = std::move(context);
   plan.problem_ = problem;
-  plan.owners_ = NothingIn<Owners>(std::move(context));
-  const ffi::Error error = plan.Build(algorithm);
-  if (error.failure()) {
-    std::ostringstream what;
-    what << "The product is " << TextOf(problem) << ", with ";
-    if (algorithm.id < 0) {
-      what << "the library's own algorithm";
-    } else {
-      what << "algorithm " << algorithm.id;
-    }
-    what << ", split_k " << algorithm.split_k << ", split_k_mode " << algorithm.split_k_mode
-         << ", split_k_buffers " << algorithm.split_k_buffers << ".";
-    return Failure{Explain(error, what.str())};
-  }
+  ESPARSE_RETURN_IF_ERROR(plan.Change(algorithm));
   return ffi::ErrorOr<Plan>(std::move(plan));
 }
 
-ffi::Error Plan::Build(const Algorithm& algorithm) {
+ffi::Error Plan::Change(const Algorithm& algorithm) {
+  const auto change = [&]() -> ffi::Error {
+    if (owners_ != nullptr) {
+      const auto lock = context_->Lock();
+      if (Restore().success()) return Choose(algorithm);
+    }
+    owners_ = NothingIn<Owners>(context_);  // outside of the lock, which what was there takes
+    const auto lock = context_->Lock();
+    ESPARSE_RETURN_IF_ERROR(Describe());
+    return Choose(algorithm);
+  };
+  const ffi::Error error = change();
+  if (error.success()) return error;
+  std::ostringstream what;
+  what << "The product is " << TextOf(problem_) << ", with ";
+  if (algorithm.id < 0) {
+    what << "the library's own algorithm";
+  } else {
+    what << "algorithm " << algorithm.id;
+  }
+  what << ", split_k " << algorithm.split_k << ", split_k_mode " << algorithm.split_k_mode
+       << ", split_k_buffers " << algorithm.split_k_buffers << ".";
+  return Explain(error, what.str());
+}
+
+ffi::Error Plan::Describe() {
   const Library& library = context_->library();
   const Handle& handle = context_->handle();
-  const auto lock = context_->Lock();
+  changed_.clear();
   // Without a transpose: x [row, channel] is B read with "op transpose", and y [row, out] is the
   // library's D [out, row] in column order, which is the same bytes.
   ESPARSE_ASSIGN_OR_RETURN(
@@ -136,27 +148,35 @@ ffi::Error Plan::Build(const Algorithm& algorithm) {
                                        return ffi::Error::Success();
                                      }));
   owners_->selection = std::move(selection);
-
   ESPARSE_RETURN_IF_ERROR(Get(library, handle, owners_->selection, kConfigMaxId, &algorithms_));
+  size_t buffer_bytes = 0;
+  ESPARSE_CUSPARSELT_CALL(library, SpMMACompressedSize2, handle.get(), owners_->weight.get(),
+                          &blob_bytes_, &buffer_bytes);
+  return ffi::Error::Success();
+}
+
+ffi::Error Plan::Choose(const Algorithm& algorithm) {
+  const Library& library = context_->library();
+  const Handle& handle = context_->handle();
   if (algorithm.id >= algorithms_) {
     return InvalidArgument("cuSPARSELt ", VersionName(library.version()),
                            " has the algorithms 0 to ", algorithms_ - 1,
                            " for this product on this GPU. Their numbers mean ",
                            "nothing on another GPU or version: search again.");
   }
-  const std::pair<AlgorithmAttribute, int32_t> wanted[] = {
-      {kSplitK, algorithm.split_k},
-      {kSplitKMode, algorithm.split_k_mode},
-      {kSplitKBuffers, algorithm.split_k_buffers}};
-  if (algorithm.id >= 0) {
-    ESPARSE_RETURN_IF_ERROR(Set(library, handle, owners_->selection, kConfigId, algorithm.id));
+  constexpr int32_t kNotSet = 0;
+  const std::tuple<AlgorithmAttribute, int32_t, bool> wanted[] = {
+      {kConfigId, algorithm.id, algorithm.id >= 0},
+      {kSplitK, algorithm.split_k, algorithm.split_k != kNotSet},
+      {kSplitKMode, algorithm.split_k_mode, algorithm.split_k_mode != kNotSet},
+      {kSplitKBuffers, algorithm.split_k_buffers, algorithm.split_k_buffers != kNotSet}};
+  for (const auto& [attribute, value, asked] : wanted) {
+    if (!asked) continue;
+    int before = 0;
+    ESPARSE_RETURN_IF_ERROR(Get(library, handle, owners_->selection, attribute, &before));
+    ESPARSE_RETURN_IF_ERROR(Set(library, handle, owners_->selection, attribute, value));
+    changed_.push_back({attribute, before});
   }
-  for (const auto& [attribute, value] : wanted) {
-    if (value != 0) {
-      ESPARSE_RETURN_IF_ERROR(Set(library, handle, owners_->selection, attribute, value));
-    }
-  }
-
   ESPARSE_ASSIGN_OR_RETURN(
       plan,
       Make<PlanData>(library.functions().MatmulPlanDestroy, [&](PlanData* data) -> ffi::Error {
@@ -167,9 +187,16 @@ ffi::Error Plan::Build(const Algorithm& algorithm) {
   owners_->plan = std::move(plan);
   ESPARSE_CUSPARSELT_CALL(library, MatmulGetWorkspace, handle.get(), owners_->plan.get(),
                           &workspace_bytes_);
-  size_t buffer_bytes = 0;
-  ESPARSE_CUSPARSELT_CALL(library, SpMMACompressedSize2, handle.get(), owners_->weight.get(),
-                          &blob_bytes_, &buffer_bytes);
+  return ffi::Error::Success();
+}
+
+ffi::Error Plan::Restore() {
+  owners_->plan.reset();
+  if (owners_->selection == nullptr) return ffi::Error::Internal("the product was not described");
+  for (; !changed_.empty(); changed_.pop_back()) {
+    ESPARSE_RETURN_IF_ERROR(Set(context_->library(), context_->handle(), owners_->selection,
+                                changed_.back().attribute, changed_.back().before));
+  }
   return ffi::Error::Success();
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "cusparselt/abi.h"
 #include "cusparselt/context.h"
@@ -31,7 +32,8 @@ struct Algorithm {
 };
 
 // A product on a GPU with all its descriptors, which all who compute it there share: making one
-// takes the library 0.18 s of an H200's host, and a model has the same few products in every layer.
+// takes the library 0.15 to 0.4 s of an H200's host, nearly all of it in
+// cusparseLtMatmulAlgSelectionInit (0.8.0), and a model has the same few products in every layer.
 // It may be run again and again, by any thread: those of a GPU take turns.
 class Plan {
  public:
@@ -40,6 +42,15 @@ class Plan {
   // wait for it; if it cannot be made, the next of them tries.
   static ffi::ErrorOr<std::shared_ptr<const Plan>> Of(SharedContext context, const Problem& problem,
                                                       const Algorithm& algorithm);
+
+  // A plan that is nobody else's. Context and product as for `Of`.
+  static ffi::ErrorOr<Plan> Create(SharedContext context, const Problem& problem,
+                                   const Algorithm& algorithm);
+
+  // Takes another algorithm for the same product, for a search: a millisecond, where a new plan
+  // takes a fifth of a second. Nobody else may use the plan meanwhile. After a failure it can be
+  // changed again, and nothing else.
+  ffi::Error Change(const Algorithm& algorithm);
 
   const Problem& problem() const { return problem_; }
   size_t blob_bytes() const { return blob_bytes_; }
@@ -54,20 +65,29 @@ class Plan {
   ffi::Error Run(const void* blob, const void* x, void* y, void* workspace, Stream stream) const;
 
  private:
-  static ffi::ErrorOr<Plan> Create(SharedContext context, const Problem& problem,
-                                   const Algorithm& algorithm);
-  ffi::Error Build(const Algorithm& algorithm);
-
   struct Owners {
     Matrix weight, x, y;
     Matmul matmul;
     Selection selection;
     PlanHandle plan;
   };
+  // An attribute of the selection that an algorithm set, and what the library had there.
+  struct Changed {
+    AlgorithmAttribute attribute;
+    int before;
+  };
+
+  // All but the algorithm. Like the two that follow it takes no lock.
+  ffi::Error Describe();
+  // Sets what the algorithm says in an untouched selection, and plans.
+  ffi::Error Choose(const Algorithm& algorithm);
+  // Undoes that. Where the library refuses, the product has to be described anew.
+  ffi::Error Restore();
 
   SharedContext context_;
   Problem problem_ = {};
   InContext<Owners> owners_;
+  std::vector<Changed> changed_;
   size_t blob_bytes_ = 0, workspace_bytes_ = 0;
   int algorithms_ = 0;
 };

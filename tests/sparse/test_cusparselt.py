@@ -584,13 +584,79 @@ def test_the_compression_says_what_was_given(fake, weight, blob, workspace, mess
 
 
 def test_timing_says_what_it_needs(fake, monkeypatch):
-    blobs = jnp.zeros((2, 4608), jnp.uint8)
+    with pytest.raises(ValueError, match="a multiple of 8 rows; got 9"):
+        _search(rows=9)
+    search, blobs = _search(), jnp.zeros((2, 4608), jnp.uint8)
     monkeypatch.setattr(EXTENSION, "HAS_CUSPARSELT_TIMER", False)
     with pytest.raises(RuntimeError, match="ESPARSE_CUDA=ON"):
-        _ffi_cusparselt.time_candidate(random_x(8, 64), blobs, out=64, algorithm=PLAIN)
+        search.time(random_x(8, 64), blobs)
     monkeypatch.setattr(EXTENSION, "HAS_CUSPARSELT_TIMER", True)
-    with pytest.raises(ValueError, match="a multiple of 8 rows; got 9"):
-        _ffi_cusparselt.time_candidate(random_x(9, 64), blobs, out=64, algorithm=PLAIN)
+    with pytest.raises(ValueError, match=r"for x of float16\[8, 64\]; got float16\[16, 64\]"):
+        search.time(random_x(16, 64), blobs)
+
+
+def _search(rows=8, channels=64):
+    return _ffi_cusparselt.Search(rows=rows, out=64, channels=channels, dtype=np.dtype("float16"))
+
+
+def _taken(search, **algorithm) -> tuple[int, int | None, int]:
+    facts = search.take(Algorithm(**algorithm))
+    return facts.chosen.id, facts.chosen.split_k, facts.workspace_bytes
+
+
+def test_a_search_describes_its_product_once(fake):
+    fake.set("default_algorithm", 6)
+    search = _search()
+    assert _taken(search) == (6, 1, 0)
+    segments = _taken(search, id=3, split_k=-1)
+    assert segments[:2] == (3, -1)
+    assert _taken(search, id=4) == (4, 1, 0)  # not split, as if it were the first
+    assert _taken(search, id=3, split_k=-1) == segments
+    assert _taken(search) == (6, 1, 0)
+    assert (fake.calls("MatmulAlgSelectionInit"), fake.calls("MatmulPlanInit")) == (1, 5)
+    assert fake.alive() == ONE_PRODUCT
+    del search
+    gc.collect()
+    assert fake.alive() == NONE_ALIVE
+
+
+@pytest.mark.parametrize("refused", [{"id": 8}, {"id": 1, "split_k": 2}])
+def test_a_search_goes_on_after_a_refused_algorithm(fake, refused):
+    search = _search()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="The product is"):
+            search.take(Algorithm(**refused))
+        assert fake.alive()["plan"] == 0
+        assert _taken(search, id=2) == (2, 1, 0)
+    assert fake.calls("MatmulAlgSelectionInit") <= 2  # the first failure left nothing to keep
+
+
+def test_what_cannot_be_set_back_is_described_anew(fake):
+    fake.set("architecture", 80)  # where the number of buffers may not be 0
+    search = _search(channels=128)
+    buffers = {"split_k": 4, "split_k_mode": SplitKMode.TWO_KERNELS, "split_k_buffers": 2}
+    assert _taken(search, id=5, **buffers)[:2] == (5, 4)
+    assert fake.calls("MatmulAlgSelectionInit") == 1
+    assert _taken(search, id=5) == (5, 1, 0)
+    assert fake.calls("MatmulAlgSelectionInit") == 2
+    assert fake.alive() == ONE_PRODUCT
+
+
+def test_a_search_that_failed_can_take_another(fake):
+    search = _search()
+    fake.fail("MatmulAlgSelectionInit")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cusparseLtMatmulAlgSelectionInit"):
+            search.take(None)
+    fake.fail("")
+    assert _taken(search) == (2, 1, 0)
+    if hasattr(EXTENSION.CusparseltSearch, "time"):
+        fake.fail("MatmulPlanInit")
+        with pytest.raises(RuntimeError, match="cusparseLtMatmulPlanInit"):
+            search.take(None)
+        x, blobs = random_x(8, 64), jnp.zeros((1, 4608), jnp.uint8)
+        with pytest.raises(RuntimeError, match="take one first"):
+            search.time(x, blobs, launches=1)
 
 
 def test_all_stages_are_registered_for_cuda():

@@ -361,15 +361,14 @@ def test_an_algorithm_is_timed(dtype):
     copies = math.ceil(300e6 / blob.nbytes)
     blobs = jnp.tile(blob[None], (copies, 1))
     before = np.asarray(blobs[0])
-    measure = functools.partial(
-        _ffi_cusparselt.time_candidate, x, out=shape[0], algorithm=Algorithm(id=0)
-    )
-    microseconds = measure(blobs)
+    search = _search(x, shape[0])
+    search.take(Algorithm(id=0))
+    microseconds = search.time(x, blobs)
     # No faster than the weight can be read by any GPU of today, and no slower than a plain loop.
     assert blob.nbytes / 20e6 < microseconds < 1000
     np.testing.assert_array_equal(blobs[0], before)
     with pytest.raises(RuntimeError, match=f"give at least {copies} copies"):
-        measure(blobs[: copies - 1])
+        search.time(x, blobs[: copies - 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -379,9 +378,37 @@ def test_a_single_launch_shows_what_an_algorithm_computes(dtype):
     weight, x = _two_kept((1024, 512), dtype), random_x(24, 512, dtype=dtype)
     blobs = jax.jit(_ffi_cusparselt.compress)(weight)[None]
     y = jnp.full((40, 1024), jnp.nan, dtype).block_until_ready()  # more rows than are computed
-    microseconds = _ffi_cusparselt.time_candidate(
-        x, blobs, out=1024, algorithm=Algorithm(id=0), launches=1, replays=1, y=y
-    )
-    assert microseconds > 0
+    search = _search(x, 1024)
+    search.take(Algorithm(id=0))
+    assert search.time(x, blobs, launches=1, replays=1, y=y) > 0
     assert_product(y[:24], x, weight)
     assert np.all(np.isnan(np.asarray(y[24:], np.float32)))
+
+
+def test_a_search_computes_what_plans_of_their_own_do():
+    """One selection takes many algorithms in turn; nothing of the one before is left in it."""
+    if not native.extension().HAS_CUSPARSELT_TIMER:
+        pytest.skip("the extension was built without its CUDA part")
+    weight, x = _two_kept((1024, 512), "float16"), random_x(24, 512)
+    blobs = jax.jit(_ffi_cusparselt.compress)(weight)[None]
+    product = {"rows": 24, "out": 1024, "channels": 512, "dtype": np.dtype("float16")}
+    search = _search(x, 1024)
+    algorithms = [Algorithm(id=id, **split) for split in ({}, {"split_k": 1}) for id in (0, 2, 5)]
+    for algorithm in [*algorithms, *algorithms[::-1]]:
+        try:
+            facts = search.take(algorithm)
+        except RuntimeError:  # another architecture
+            with pytest.raises(RuntimeError):
+                _ffi_cusparselt.describe_plan(**product, algorithm=algorithm)
+            continue
+        assert facts == _ffi_cusparselt.describe_plan(**product, algorithm=algorithm)
+        y = jnp.full((24, 1024), jnp.nan, "float16").block_until_ready()
+        search.time(x, blobs, launches=1, replays=1, y=y)
+        blob = device_blob24(compress24(weight))
+        expected = np.asarray(by_library(x, blob, algorithm=algorithm))
+        np.testing.assert_array_equal(np.asarray(y).view(np.int16), expected.view(np.int16))
+
+
+def _search(x, out):
+    rows, channels = x.shape
+    return _ffi_cusparselt.Search(rows=rows, out=out, channels=channels, dtype=x.dtype)

@@ -570,8 +570,7 @@ class Timers:
         assert (rest["plan"], rest["prefetch"]) == ([3, 0, 0, 0, 0, 0], False)
         return self.write(rows, y, launches, replays, copies)
 
-    def time_candidate(self, x, blobs, *, y, launches, replays, algorithm, **rest):
-        assert algorithm.workspace_bytes == 48
+    def time(self, x, blobs, *, y, launches, replays):
         rows, copies = x.shape[0], blobs.shape[0]
         return self.write(rows, y.unsafe_buffer_pointer(), launches, replays, copies)
 
@@ -646,23 +645,32 @@ def test_sums_in_another_order_are_no_wrong_numbers(bench, monkeypatch):
     assert bench.run(16, DECODE, thorough=False, best=None) == {"microseconds": 12.0}
 
 
-def test_the_library_is_asked_for_its_workspace_first(bench, monkeypatch):
-    def describe(*, rows, out, channels, dtype, algorithm):
-        if algorithm.id == 9:
-            raise RuntimeError("operation not supported")
-        assert (rows, out, channels, dtype.name) == (16, 4096, 8192, "bfloat16")
-        return _ffi_cusparselt.PlanFacts(4, algorithm, 0, 48)
+def test_an_algorithm_is_taken_and_then_timed(bench, monkeypatch):
+    made = []
 
-    timers = Timers(bench, [50.0, 12.0])
-    monkeypatch.setattr(_ffi_cusparselt, "describe_plan", describe)
-    monkeypatch.setattr(_ffi_cusparselt, "time_candidate", timers.time_candidate)
+    class Search(Timers, _ffi_cusparselt.Search):
+        def __init__(self, *, rows, out, channels, dtype):
+            Timers.__init__(self, bench, [50.0, 12.0, 49.0, 11.0])
+            made.append((rows, out, channels, dtype.name))
+
+        def take(self, algorithm):
+            if algorithm.id == 9:
+                raise RuntimeError("operation not supported")
+            return _ffi_cusparselt.PlanFacts(4, algorithm, 0, 48)
+
+    monkeypatch.setattr(_ffi_cusparselt, "Search", Search)
+    bench.make_operands(1)
     bench.make_operands(16)
     options = {"thorough": False, "best": None}
     candidate = {"kind": "cusparselt", "id": 3, "split_k": -1}
     assert bench.run(16, candidate, **options) == {"microseconds": 12.0, "workspace_bytes": 48}
     refused = bench.run(16, candidate | {"id": 9}, **options)
     assert refused == {"refused": "operation not supported"}
+    assert bench.run(16, candidate, **options) == {"microseconds": 11.0, "workspace_bytes": 48}
+    assert made == [(16, 4096, 8192, "bfloat16")]
     assert bench.works()
+    bench.make_operands(1)
+    assert bench._search is None
 
 
 def _run_worker(*lines) -> tuple[list[dict], str, int]:

@@ -1,6 +1,7 @@
 """The search on an NVIDIA GPU: what it measures, and that products computed by it are right."""
 
 import jax
+import numpy as np
 import pytest
 from fake_cusparselt import assert_product, random_x, weight24
 
@@ -28,7 +29,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="JAX sees no NVIDIA GPU"),
 ]
-SHAPE, ROWS = (1024, 2048), (1, 16, 32, 64)
+SHAPE, ROWS = (1024, 2048), (1, 8, 16, 32, 64)
 
 
 def _as_fast_as_memory(microseconds: float, num_bytes: int) -> bool:
@@ -72,7 +73,7 @@ def test_a_candidate_that_hangs_is_left_behind(monkeypatch):
         return ask(self, request, prepare_seconds, 0.0 if hang else seconds)
 
     monkeypatch.setattr(tune_file._Child, "ask", asked)
-    (record,) = tune_shape(SHAPE, rows=[64], limits=Limits(candidate=60)).records
+    (record,) = tune_shape(SHAPE, rows=[64], limits=Limits(candidate=60.0)).records
     assert record.failed == {"cusparselt, id 1": "with 64 rows: no answer within 0 s"}
     assert record.cusparselt.algorithm != Algorithm(1)
     assert record.cusparselt.microseconds > 0
@@ -86,4 +87,7 @@ def test_every_product_of_a_chain_reads_its_weight(rows):
     x = random_x(rows, SHAPE[1])
     chain = Chain(_dense, [x], [weight + 0 for _ in range(copies)], microseconds=5.0)
     assert _as_fast_as_memory(chain.microseconds(), weight.nbytes)
-    assert_product(chain.call()[-1], x, weight)
+    y = np.asarray(chain.call()[-1], np.float64)
+    true = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    # XLA may add up the parts of a product in 16 bits.
+    assert np.linalg.norm(y - true) < 2e-3 * np.linalg.norm(true)
