@@ -191,7 +191,7 @@ ffi::Error Plan::Choose(const Algorithm& algorithm) {
 }
 
 ffi::Error Plan::Restore() {
-  owners_->plan.reset();
+  if (owners_->plan != nullptr) owners_->spent.emplace_back(owners_->plan.release());
   if (owners_->selection == nullptr) return ffi::Error::Internal("the product was not described");
   for (; !changed_.empty(); changed_.pop_back()) {
     ESPARSE_RETURN_IF_ERROR(Set(context_->library(), context_->handle(), owners_->selection,

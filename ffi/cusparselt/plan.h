@@ -48,8 +48,8 @@ class Plan {
                                    const Algorithm& algorithm);
 
   // Takes another algorithm for the same product, for a search: a millisecond, where a new plan
-  // takes a fifth of a second. Nobody else may use the plan meanwhile. After a failure it can be
-  // changed again, and nothing else.
+  // takes a fifth of a second; some memory of the host's is lost each time. Nobody else may use the
+  // plan meanwhile. After a failure it can be changed again, and nothing else.
   ffi::Error Change(const Algorithm& algorithm);
 
   const Problem& problem() const { return problem_; }
@@ -70,6 +70,9 @@ class Plan {
     Matmul matmul;
     Selection selection;
     PlanHandle plan;
+    // Of the algorithms before. They are not destroyed: that takes what the selection goes on
+    // needing (0.8.0 then dies while it plans the next one), so what they hold is lost.
+    std::vector<std::unique_ptr<PlanData>> spent;
   };
   // An attribute of the selection that an algorithm set, and what the library had there.
   struct Changed {
@@ -81,7 +84,8 @@ class Plan {
   ffi::Error Describe();
   // Sets what the algorithm says in an untouched selection, and plans.
   ffi::Error Choose(const Algorithm& algorithm);
-  // Undoes that. Where the library refuses, the product has to be described anew.
+  // Gives the plan up and undoes the setting. Where the library refuses, the product has to be
+  // described anew.
   ffi::Error Restore();
 
   SharedContext context_;

@@ -614,7 +614,7 @@ def test_a_search_describes_its_product_once(fake):
     assert _taken(search, id=3, split_k=-1) == segments
     assert _taken(search) == (6, 1, 0)
     assert (fake.calls("MatmulAlgSelectionInit"), fake.calls("MatmulPlanInit")) == (1, 5)
-    assert fake.alive() == ONE_PRODUCT
+    assert fake.calls("MatmulPlanDestroy") == 0  # it would take the selection along
     del search
     gc.collect()
     assert fake.alive() == NONE_ALIVE
@@ -626,7 +626,6 @@ def test_a_search_goes_on_after_a_refused_algorithm(fake, refused):
     for _ in range(2):
         with pytest.raises(RuntimeError, match="The product is"):
             search.take(Algorithm(**refused))
-        assert fake.alive()["plan"] == 0
         assert _taken(search, id=2) == (2, 1, 0)
     assert fake.calls("MatmulAlgSelectionInit") <= 2  # the first failure left nothing to keep
 

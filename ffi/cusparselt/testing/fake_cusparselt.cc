@@ -48,9 +48,11 @@ struct MatmulFacts {
 struct SelectionFacts {
   const MatmulData* matmul;
   int id, split_k, mode, buffers;
+  bool spoilt = false;  // a plan made from it was destroyed
 };
 
 struct PlanFacts {
+  const SelectionData* of;
   SelectionFacts selection;
   MatmulFacts matmul;
   MatrixFacts a, b, d;
@@ -379,6 +381,15 @@ FAKE_EXPORT Status cusparseLtMatmulAlgSelectionDestroy(const SelectionData* sele
   FAKE_ENTER("MatmulAlgSelectionDestroy", selection);
   FAKE_REQUIRE(world.selections.erase(selection), kInvalidValue);
   world.handle_of.erase(selection);
+  // What was given up without being destroyed is not to be destroyed from here on.
+  for (auto plan = world.plans.begin(); plan != world.plans.end();) {
+    if (plan->second.of != selection) {
+      ++plan;
+      continue;
+    }
+    world.handle_of.erase(plan->first);
+    plan = world.plans.erase(plan);
+  }
   return kSuccess;
 }
 
@@ -440,12 +451,13 @@ FAKE_EXPORT Status cusparseLtMatmulPlanInit(const HandleData* handle, PlanData* 
   FAKE_ENTER("MatmulPlanInit", handle);
   FAKE_REQUIRE(world.handles.count(handle), kNotInitialized);
   FAKE_REQUIRE(world.matmuls.count(matmul) && world.selections.count(selection), kInvalidValue);
+  FAKE_REQUIRE(!world.selections[selection].spoilt, kInvalidValue);  // where 0.8.0 dies
   const MatmulFacts& facts = world.matmuls[matmul];
-  const bool made =
-      world.plans
-          .emplace(plan, PlanFacts{world.selections[selection], facts, world.matrices[facts.a],
-                                   world.matrices[facts.b], world.matrices[facts.d]})
-          .second;
+  const bool made = world.plans
+                        .emplace(plan, PlanFacts{selection, world.selections[selection], facts,
+                                                 world.matrices[facts.a], world.matrices[facts.b],
+                                                 world.matrices[facts.d]})
+                        .second;
   FAKE_REQUIRE(made, kInvalidValue);
   world.handle_of[plan] = handle;
   return kSuccess;
@@ -453,7 +465,10 @@ FAKE_EXPORT Status cusparseLtMatmulPlanInit(const HandleData* handle, PlanData* 
 
 FAKE_EXPORT Status cusparseLtMatmulPlanDestroy(const PlanData* plan) {
   FAKE_ENTER("MatmulPlanDestroy", plan);
-  FAKE_REQUIRE(world.plans.erase(plan), kInvalidValue);
+  FAKE_REQUIRE(world.plans.count(plan), kInvalidValue);
+  const auto selection = world.selections.find(world.plans.at(plan).of);
+  if (selection != world.selections.end()) selection->second.spoilt = true;
+  world.plans.erase(plan);
   world.handle_of.erase(plan);
   return kSuccess;
 }
