@@ -1,14 +1,14 @@
-"""compute-sanitizer over the CUDA kernels of a decode step: memory, races, uninitialised reads,
-barriers.
+"""compute-sanitizer over the CUDA kernels of a model: memory, races, uninitialised reads, barriers.
 
-    python benchmarks/sanitize.py [--tools memcheck racecheck] [--compute-sanitizer FILE]
+    python benchmarks/sanitize.py [--tools memcheck racecheck] [--parts products norms]
 
-Runs itself under each tool: every instance of the product (both dtypes, both widths, one to four
-tiles), with all that can be fused to it, in calls alone and in a chain; and, from compute
-capability 9.0 on, every instance of the attention (both dtypes, both head sizes, all numbers of
-query heads to a key, all cluster sizes), with and without padding and prefetch. Exit status 1 where
-a tool reports an error, where a result is wrong, or where one of the two did not run.
-compute-sanitizer is part of the CUDA toolkit.
+Runs itself under each tool. `products`: every instance of a decode step's product (both dtypes,
+both widths, one to four tiles), with all that can be fused to it, in calls alone and in a chain.
+`attentions`, from compute capability 9.0 on: every instance of a decode step's attention (both
+dtypes, both head sizes, all numbers of query heads to a key, all cluster sizes), with and without
+padding and prefetch. `norms`: every instance of the norm of a prompt's rows, with all that it may
+be given. Exit status 1 where a tool reports an error, where a result is wrong, or where a part did
+not run. compute-sanitizer is part of the CUDA toolkit.
 """
 
 import itertools
@@ -18,14 +18,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from esparse_jax.models import _ffi_attention
+from esparse_jax.models import _ffi_attention, _ffi_norm
 from esparse_jax.sparse import _ffi_cuda as ffi
 from esparse_jax.sparse import blob24, compress24
 from esparse_jax.sparse._timing import random_24
@@ -51,11 +51,15 @@ KV_HEADS = 4
 CACHES = ((5, 2100), (10, 1100), (40, 300))
 _THETA = 10000.0
 _ERRORS = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?)")
-# What is printed inside, for products and attentions.
-_RAN = (
-    re.compile(r"^[1-9]\d* products compared", re.M),
-    re.compile(r"^(?:[1-9]\d* attentions compared|attention left out: .*)", re.M),
-)
+# What is printed inside.
+_RAN = {
+    "products": re.compile(r"^[1-9]\d* products compared", re.M),
+    "attentions": re.compile(r"^(?:[1-9]\d* attentions compared|attention left out: .*)", re.M),
+    "norms": re.compile(r"^[1-9]\d* norms compared", re.M),
+}
+PARTS = tuple(_RAN)
+# Rows and channels of the norms: one to four rows share a block, and the last one is not full.
+NORMS = ((6, 2056), (5, 8192), (2, 24320))
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Arguments:
     """Which tools to run."""
 
     tools: tuple[str, ...] = TOOLS
+    parts: tuple[Literal["products", "attentions", "norms"], ...] = PARTS
     compute_sanitizer: Path | None = None
     inside: bool = False
     """Run the kernels themselves, as the tools do."""
@@ -263,6 +268,33 @@ def _compare_step(step: Step, attended: np.ndarray, keys: np.ndarray, values: np
             )
 
 
+def norms() -> int:
+    """Runs the norms of rows and compares each with float64; how many there were."""
+    random, compared = np.random.default_rng(0), 0
+    for dtype, (rows, channels) in itertools.product(_ffi_norm._DTYPES, NORMS):
+        x, residual = jnp.asarray(random.standard_normal((2, rows, channels)), dtype)
+        gain = jnp.asarray(random.uniform(0.5, 2, channels), dtype)
+        order = jnp.asarray(random.permutation(channels), jnp.int32)
+        for add, scale, permute in itertools.product((False, True), repeat=3):
+            given = {
+                "residual": residual if add else None,
+                "gain": gain if scale else None,
+                "permutation": order if permute else None,
+            }
+            norm = jax.jit(lambda x, given: _ffi_norm.add_norm(x, epsilon=1e-5, **given))
+            total, normed = norm(x, given)
+            want = np.asarray(x, np.float64) + (np.asarray(residual, np.float64) if add else 0)
+            rounding = float(jnp.finfo(dtype).eps)
+            _compare(total, want, rounding, "a sum", axis=1)
+            want = np.asarray(total, np.float64)
+            want = want / np.sqrt(np.mean(want**2, axis=1, keepdims=True) + 1e-5)
+            want = want * (np.asarray(gain, np.float64) if scale else 1)
+            want = want[:, np.asarray(order)] if permute else want
+            _compare(normed, want, rounding, "a norm", axis=1)
+            compared += 1
+    return compared
+
+
 def _compare(
     got: jax.typing.ArrayLike,
     want: np.ndarray,
@@ -279,11 +311,15 @@ def _compare(
 def main(arguments: Arguments) -> int:
     """Prints what each tool found; the exit status."""
     if arguments.inside:
-        print(f"{products()} products compared")
-        if _ffi_attention._runs():
-            print(f"{attentions()} attentions compared")
-        else:
-            print("attention left out: its kernel needs compute capability 9.0")
+        if "products" in arguments.parts:
+            print(f"{products()} products compared")
+        if "attentions" in arguments.parts:
+            if _ffi_attention._runs():
+                print(f"{attentions()} attentions compared")
+            else:
+                print("attention left out: its kernel needs compute capability 9.0")
+        if "norms" in arguments.parts:
+            print(f"{norms()} norms compared")
         return 0
     unknown = sorted(set(arguments.tools) - set(TOOLS))
     if unknown:
@@ -300,10 +336,12 @@ def main(arguments: Arguments) -> int:
     bad = 0
     for tool in arguments.tools:
         command = [sanitizer, "--tool", tool, sys.executable, __file__, "--inside"]
+        command += ["--parts", *arguments.parts]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         text = done.stdout + done.stderr
         counts = [int(a or b) for a, b in _ERRORS.findall(text)]
-        compared = [match and match[0] for match in (kernel.search(text) for kernel in _RAN)]
+        found = [_RAN[part].search(text) for part in arguments.parts]
+        compared = [match and match[0] for match in found]
         clean = done.returncode == 0 and counts and not any(counts) and all(compared)
         bad += not clean
         ran = ", ".join(map(str, compared))

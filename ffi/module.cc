@@ -29,6 +29,7 @@ constexpr const char* kDecodeTarget = "esparse_decode24_cuda_v2";
 constexpr const char* kChainTarget = "esparse_chain24_cuda_v1";
 constexpr const char* kAttendTarget = "esparse_attend_cuda_v1";
 constexpr const char* kMaxSumTarget = "esparse_max_sum_cuda_v1";
+constexpr const char* kRowNormTarget = "esparse_row_norm_cuda_v1";
 constexpr const char* kRecordTarget = "esparse_register_recorded_v1";
 constexpr const char* kMatmulTarget = "esparse_cusparselt_matmul_cuda_v1";
 constexpr const char* kCompressTarget = "esparse_cusparselt_compress_cuda_v1";
@@ -73,6 +74,7 @@ py::dict Registrations() {
   registrations[kAttendTarget] =
       py::make_tuple("CUDA", Stages({{"execute", cuda::DecodeAttention}}));
   registrations[kMaxSumTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::MaxSum32}}));
+  registrations[kRowNormTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::RowNorm16}}));
 #endif
   return registrations;
 }
@@ -123,6 +125,7 @@ PYBIND11_MODULE(_esparse_ffi, module) {
   module.attr("CUDA_CHAIN_TARGET") = kChainTarget;
   module.attr("CUDA_ATTEND_TARGET") = kAttendTarget;
   module.attr("CUDA_MAX_SUM_TARGET") = kMaxSumTarget;
+  module.attr("CUDA_ROW_NORM_TARGET") = kRowNormTarget;
 #ifdef ESPARSE_CUBINS
   module.attr("CUDA_RECORDED_TARGET") = esparse::cuda::kRecordedTarget;
   module.attr("CUDA_RECORDED_ATTEND_TARGET") = esparse::cuda::kRecordedAttendTarget;

@@ -22,6 +22,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from esparse_jax.models._ffi_norm import add_norm, norm_takes
 from esparse_jax.models.cache import LayerCache
 from esparse_jax.models.layers import Permutation, SparseLinear
 from esparse_jax.models.llama import (
@@ -33,8 +34,9 @@ from esparse_jax.models.llama import (
 )
 from esparse_jax.sparse.fused import ChainWeights, fused_matmul, fused_takes, sparse_chain
 
-# Queries, keys and values: side by side where one product gave them.
-Projected = Array | tuple[Array, Array, Array]
+# What several linears made of one input (queries, keys and values; gates and ups): side by side
+# where one product gave them.
+Projected = Array | tuple[Array, ...]
 
 
 class InferenceLayer(nnx.Module):
@@ -86,11 +88,7 @@ class InferenceLayer(nnx.Module):
                 norm_epsilon=self.config.rms_norm_eps,
                 prefetch=True,
             )
-        normed = self._normed(hidden, self.input_norm)
-        if len(self.qkv) == 1:
-            return self.qkv[0](normed)
-        query, key, value = (linear(normed) for linear in self.qkv)
-        return query, key, value
+        return self._enter(hidden, None, self.input_norm, self.qkv)[1]
 
     def split(
         self, projected: Projected
@@ -136,9 +134,34 @@ class InferenceLayer(nnx.Module):
                 prefetch=True,
             )
             return hidden, projected if with_next else None
-        hidden = hidden + self.o(attended)
-        inner = self._inner(self._normed(hidden, self.mlp_norm))
-        return hidden + self.down(inner), None
+        hidden, both = self._enter(self.o(attended), hidden, self.mlp_norm, self.gate_up)
+        down = self.down(self._inner(both))
+        if following is None or (following.qkv_fused and fused_takes(hidden.shape[0])):
+            return hidden + down, None
+        return following._enter(down, hidden, following.input_norm, following.qkv)
+
+    def _enter(
+        self,
+        x: Float[Array, "row channel"],
+        residual: Float[Array, "row channel"] | None,
+        norm: nnx.RMSNorm | None,
+        linears: Sequence[nnx.Module],
+    ) -> tuple[Float[Array, "row channel"], Projected]:
+        """The sum of x and the residual, and what linears make of its norm."""
+        if not norm_takes(x.dtype, x.shape[1]):
+            hidden = x if residual is None else residual + x
+            return hidden, _each(linears, self._normed(hidden, norm))
+        one = linears[0] if len(linears) == 1 and isinstance(linears[0], SparseLinear) else None
+        hidden, normed = add_norm(
+            x,
+            residual,
+            gain=None if norm is None else norm.scale[...].astype(x.dtype),
+            permutation=None if one is None else _value(one.permutation),
+            epsilon=self.config.rms_norm_eps,
+        )
+        if one is None:
+            return hidden, _each(linears, normed)
+        return hidden, one.multiply(normed.astype(one.dtype))
 
     def _normed(
         self, hidden: Float[Array, "row channel"], norm: nnx.RMSNorm | None
@@ -149,12 +172,11 @@ class InferenceLayer(nnx.Module):
         squares = jnp.mean(jnp.square(wide), axis=1, keepdims=True)
         return (wide * jax.lax.rsqrt(squares + self.config.rms_norm_eps)).astype(hidden.dtype)
 
-    def _inner(self, normed: Float[Array, "row channel"]) -> Float[Array, "row inner"]:
+    def _inner(self, both: Projected) -> Float[Array, "row inner"]:
         """Activated gates times up; in float32, as the fused kernels do it, and rounded once."""
-        if len(self.gate_up) == 2:
-            gate, up = (linear(normed) for linear in self.gate_up)
+        if isinstance(both, tuple):
+            gate, up = both
         else:
-            both = self.gate_up[0](normed)
             rows, width = both.shape
             shape = (rows, width // 16, 2, 8) if self.mlp_fused else (rows, 1, 2, width // 2)
             gate, up = (both.reshape(shape)[:, :, i].reshape(rows, width // 2) for i in (0, 1))
@@ -233,6 +255,11 @@ def _places(linear: SparseLinear) -> Permutation | None:
     if linear.permutation is None:
         return None
     return Permutation(jnp.argsort(linear.permutation[...]).astype(jnp.int32))
+
+
+def _each(linears: Sequence[nnx.Module], x: Float[Array, "row channel"]) -> Projected:
+    products = tuple(linear(x) for linear in linears)
+    return products[0] if len(products) == 1 else products
 
 
 def _value(variable: nnx.Variable | None) -> Any:

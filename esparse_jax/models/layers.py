@@ -150,7 +150,10 @@ class SparseLinear(nnx.Module):
         return x.at[..., self.permutation[...]].get(mode="promise_in_bounds")
 
     def __call__(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch out"]:
-        x = self.ordered(x.astype(self.dtype))
+        return self.multiply(self.ordered(x.astype(self.dtype)))
+
+    def multiply(self, x: Float[Array, "*batch channel"]) -> Float[Array, "*batch out"]:
+        """The product with what `ordered` gives, in this layer's dtype."""
         weight = self.weight.get_value()
         if weight.dtype != self.dtype:
             weight = dataclasses.replace(weight, values=weight.values.astype(self.dtype))

@@ -18,6 +18,9 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(Chain24);
 // Twice the sums over rows of the greater of two scores; see max_sum.h.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MaxSum32);
 
+// A residual added to rows, their norm, and its channels in another order; see row_norm.h.
+XLA_FFI_DECLARE_HANDLER_SYMBOL(RowNorm16);
+
 #ifdef ESPARSE_CUBINS
 // A product that XLA records instead of tracing it.
 constexpr const char* kRecordedTarget = "esparse_decode24_recorded_v1";

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,6 +54,34 @@ def plain(projected, keys, values, cosines, sines, length, start, *, heads, pref
         for held, new in ((keys, after.keys), (values, after.values))
     )
     return attended.reshape(rows, -1).astype(projected.dtype), keys, values
+
+
+def plain_norm(x, residual=None, *, gain=None, permutation=None, epsilon):
+    """`add_norm`, in plain JAX."""
+    total = x if residual is None else x + residual
+    wide = total.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=1, keepdims=True) + epsilon)
+    normed = normed if gain is None else normed * gain.astype(jnp.float32)[None]
+    normed = normed if permutation is None else normed[:, permutation]
+    return total, normed.astype(x.dtype)
+
+
+def test_norms_are_compared(sanitize, monkeypatch):
+    monkeypatch.setattr(sanitize, "NORMS", ((3, 64),))
+    monkeypatch.setattr(sanitize._ffi_norm, "add_norm", plain_norm)
+    assert sanitize.norms() == 16
+
+
+@pytest.mark.parametrize("wrong", ["residual", "gain", "permutation", "epsilon"])
+def test_mistaken_norms_are_found(sanitize, monkeypatch, wrong):
+    def mistaken(x, residual=None, **options):
+        options |= {"residual": residual}
+        return plain_norm(x, **options | {wrong: 1.0 if wrong == "epsilon" else None})
+
+    monkeypatch.setattr(sanitize, "NORMS", ((3, 64),))
+    monkeypatch.setattr(sanitize._ffi_norm, "add_norm", mistaken)
+    with pytest.raises(SystemExit, match="a sum is" if wrong == "residual" else "a norm is"):
+        sanitize.norms()
 
 
 def test_attentions_are_compared(sanitize, monkeypatch):
@@ -131,13 +160,15 @@ def test_an_attention_to_padding_is_found(sanitize, monkeypatch):
 def test_what_is_printed_inside_satisfies_the_parent(module, monkeypatch, capsys, runs, line):
     monkeypatch.setattr(module, "products", lambda: 5)
     monkeypatch.setattr(module, "attentions", lambda: 7)
+    monkeypatch.setattr(module, "norms", lambda: 9)
     monkeypatch.setattr(module._ffi_attention, "_runs", lambda: runs)
     assert module.main(module.Arguments(inside=True)) == 0
     inside = capsys.readouterr().out
-    assert inside.splitlines() == ["5 products compared", line]
+    assert inside.splitlines() == ["5 products compared", line, "9 norms compared"]
     summary = "========= ERROR SUMMARY: 0 errors\n"
     assert _parent(module, monkeypatch, inside + summary) == 0
-    assert capsys.readouterr().out == f"memcheck: 0 errors, 5 products compared, {line}\n"
+    ran = f"5 products compared, {line}, 9 norms compared"
+    assert capsys.readouterr().out == f"memcheck: 0 errors, {ran}\n"
 
 
 def _parent(module, monkeypatch, text, returncode=0):
@@ -151,18 +182,21 @@ def _parent(module, monkeypatch, text, returncode=0):
 
 
 @pytest.mark.parametrize(
-    ("products", "attentions", "summary", "returncode"),
+    ("products", "attentions", "norms", "summary", "returncode"),
     [
-        ("", "7 attentions compared", "ERROR SUMMARY: 0 errors", 0),
-        ("5 products compared", "", "ERROR SUMMARY: 0 errors", 0),
-        ("5 products compared", "0 attentions compared", "ERROR SUMMARY: 0 errors", 0),
-        ("5 products compared", "7 attentions compared", "ERROR SUMMARY: 1 error", 0),
-        ("5 products compared", "7 attentions compared", "", 0),
-        ("5 products compared", "7 attentions compared", "ERROR SUMMARY: 0 errors", 1),
+        ("", "7 attentions", "9 norms", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "", "9 norms", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "0 attentions", "9 norms", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "7 attentions", "", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "7 attentions", "0 norms", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "7 attentions", "9 norms", "ERROR SUMMARY: 1 error", 0),
+        ("5 products", "7 attentions", "9 norms", "", 0),
+        ("5 products", "7 attentions", "9 norms", "ERROR SUMMARY: 0 errors", 1),
     ],
 )
 def test_what_did_not_run_is_no_success(
-    module, monkeypatch, products, attentions, summary, returncode
+    module, monkeypatch, products, attentions, norms, summary, returncode
 ):
-    text = "\n".join((products, attentions, summary))
+    compared = [f"{some} compared" for some in (products, attentions, norms) if some]
+    text = "\n".join((*compared, summary))
     assert _parent(module, monkeypatch, text, returncode) == 1

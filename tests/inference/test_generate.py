@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from esparse_jax import generate
-from esparse_jax.inference.generate import CHUNK, decode, prefill, sample
+from esparse_jax.inference.generate import CHUNK, HashedOnce, decode, prefill, sample, split
 from esparse_jax.models import LlamaConfig, LlamaForCausalLM
 
 # The name of the file is that of the function in the room.
@@ -92,6 +92,37 @@ def test_one_row_does_not_wait_for_padding_of_the_others(model, greedy):
     for prompt, together in zip(PROMPTS, greedy, strict=True):
         (alone,) = generate(model, [prompt], max_new_tokens=COUNT)
         np.testing.assert_array_equal(alone, together)
+
+
+def test_a_model_that_was_split_is_hashed_once_and_compiled_once(model, monkeypatch):
+    hashed = []
+    true_hash = nnx.GraphDef.__hash__
+
+    def counted(graphdef):
+        hashed.append(graphdef)
+        return true_hash(graphdef)
+
+    monkeypatch.setattr(nnx.GraphDef, "__hash__", counted)
+    graphdef, state = split(model)
+    options = {"max_length": 9, "temperature": 0.0, "top_k": None, "top_p": 1.0}
+    arguments = (state, jnp.ones((1, 7), jnp.int32), None, jax.random.key(0))
+    before = prefill._cache_size()
+    first, _ = prefill(graphdef, *arguments, **options)
+    assert len(hashed) == 1
+    prefill(graphdef, *arguments, **options)
+    again, _ = split(model)
+    assert again is not graphdef
+    assert (again, hash(again)) == (graphdef, hash(graphdef))
+    token, _ = prefill(again, *arguments, **options)
+    np.testing.assert_array_equal(first, token)
+    assert len(hashed) == 2
+    assert prefill._cache_size() == before + 1
+    other = LlamaForCausalLM(
+        LlamaConfig.from_dict(FIELDS | {"num_hidden_layers": 1}), rngs=nnx.Rngs(0)
+    )
+    assert split(other)[0] != graphdef
+    assert graphdef != graphdef.graphdef
+    assert HashedOnce(nnx.split(model)[0]) == graphdef
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
