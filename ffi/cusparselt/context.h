@@ -1,5 +1,5 @@
-// The library's context on one GPU, which all plans there share: making one takes the library a
-// fifth of a second, since it loads its kernels.
+// The library's context on one GPU, which all plans there share: the library loads its kernels for
+// it.
 #ifndef ESPARSE_FFI_CUSPARSELT_CONTEXT_H_
 #define ESPARSE_FFI_CUSPARSELT_CONTEXT_H_
 
