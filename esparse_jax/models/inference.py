@@ -148,14 +148,16 @@ class InferenceLayer(nnx.Module):
         linears: Sequence[nnx.Module],
     ) -> tuple[Float[Array, "row channel"], Projected]:
         """The sum of x and the residual, and what linears make of its norm."""
-        if not norm_takes(x.dtype, x.shape[1]):
+        gain = None if norm is None else norm.scale[...]
+        same = all(each.dtype == x.dtype for each in (residual, gain) if each is not None)
+        if not same or not norm_takes(x.dtype, x.shape[1]):
             hidden = x if residual is None else residual + x
             return hidden, _each(linears, self._normed(hidden, norm))
         one = linears[0] if len(linears) == 1 and isinstance(linears[0], SparseLinear) else None
         hidden, normed = add_norm(
             x,
             residual,
-            gain=None if norm is None else norm.scale[...].astype(x.dtype),
+            gain=gain,
             permutation=None if one is None else _value(one.permutation),
             epsilon=self.config.rms_norm_eps,
         )
