@@ -48,7 +48,7 @@ from esparse_jax.inference.bench import (
     prompt_tokens,
     versions,
 )
-from esparse_jax.inference.generate import CHUNK, decode, prefill, split
+from esparse_jax.inference.generate import CHUNK, decode, prefill, split_once
 from esparse_jax.models.layers import Permutation
 from esparse_jax.sparse._timing import copy_bandwidth
 
@@ -317,7 +317,7 @@ def measure(options: Options) -> dict[str, Any]:
     jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     part = part_bytes(model, bench, dtype)
     layers = bench.config().num_hidden_layers
-    graphdef, state = split(model)
+    graphdef, state = split_once(model)
     del model
     keys = jax.random.split(jax.random.key(0), CHUNK)
     print(f"made after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)

@@ -322,6 +322,9 @@ def main(arguments: Arguments) -> int:
             print(f"{norms()} norms compared")
         return 0
     unknown = sorted(set(arguments.tools) - set(TOOLS))
+    if not arguments.parts:
+        print(f"there is nothing to run: give some of --parts {', '.join(PARTS)}.", file=sys.stderr)
+        return 2
     if unknown:
         print(f"tools are {', '.join(TOOLS)}; got {', '.join(unknown)}.", file=sys.stderr)
         return 2

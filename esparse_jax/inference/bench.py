@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int
 
 from esparse_jax.files.checkpoint import compressed_layers, load_inference_model, load_model
 from esparse_jax.files.directory import read_config, require_directory
-from esparse_jax.inference.generate import CHUNK, decode, generate, prefill, split
+from esparse_jax.inference.generate import CHUNK, decode, generate, prefill, split_once
 from esparse_jax.models.cache import KVCache, init_cache
 from esparse_jax.models.fusion import with_dense_linears
 from esparse_jax.models.layers import CompressedWeight, Permutation
@@ -402,7 +402,7 @@ def measure(options: BenchOptions, form: str) -> BenchResult:
 
 def _times(options: BenchOptions, model: CausalLM) -> tuple[list[float], list[float]]:
     """Seconds to the first token, and of a decode step in the mean, one figure a repeat."""
-    graphdef, state = split(model)
+    graphdef, state = split_once(model)
     tokens = prompt_tokens(options)
     keys = jax.random.split(jax.random.key(0), CHUNK)
     chunks = options.steps // CHUNK if options.stage == "decode" else 0

@@ -9,8 +9,9 @@ products::
                                      norms, SwiGLU, residuals inside
 
 From compute capability 9.0 on the attention of one token a row is one kernel as well, see
-`decode_attention`. More rows (a prompt) go through the same weights one product at a time, and so
-does everything on other platforms.
+`decode_attention`. More rows (a prompt) go through the same weights one product at a time, with one
+kernel between two of them that adds the residual, normalises, and puts the channels into the order
+that is read (`_ffi_norm`). On other platforms everything goes one product at a time.
 """
 
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ class InferenceLayer(nnx.Module):
                 norm_epsilon=self.config.rms_norm_eps,
                 prefetch=True,
             )
-        return self._enter(hidden, None, self.input_norm, self.qkv)[1]
+        return self._normed_products(hidden, None, self.input_norm, self.qkv)[1]
 
     def split(
         self, projected: Projected
@@ -134,23 +135,26 @@ class InferenceLayer(nnx.Module):
                 prefetch=True,
             )
             return hidden, projected if with_next else None
-        hidden, both = self._enter(self.o(attended), hidden, self.mlp_norm, self.gate_up)
+        hidden, both = self._normed_products(self.o(attended), hidden, self.mlp_norm, self.gate_up)
         down = self.down(self._inner(both))
         if following is None or (following.qkv_fused and fused_takes(hidden.shape[0])):
             return hidden + down, None
-        return following._enter(down, hidden, following.input_norm, following.qkv)
+        return following._normed_products(down, hidden, following.input_norm, following.qkv)
 
-    def _enter(
+    def _normed_products(
         self,
         x: Float[Array, "row channel"],
         residual: Float[Array, "row channel"] | None,
         norm: nnx.RMSNorm | None,
         linears: Sequence[nnx.Module],
     ) -> tuple[Float[Array, "row channel"], Projected]:
-        """The sum of x and the residual, and what linears make of its norm."""
+        """The sum of x and the residual, and what linears make of its norm.
+
+        Few rows, other dtypes and other machines than `norm_takes` says go through XLA's norm.
+        """
         gain = None if norm is None else norm.scale[...]
         same = all(each.dtype == x.dtype for each in (residual, gain) if each is not None)
-        if not same or not norm_takes(x.dtype, x.shape[1]):
+        if not same or not norm_takes(x.dtype, *x.shape):
             hidden = x if residual is None else residual + x
             return hidden, _each(linears, self._normed(hidden, norm))
         one = linears[0] if len(linears) == 1 and isinstance(linears[0], SparseLinear) else None
@@ -202,7 +206,8 @@ class InferenceModel(CausalLM):
     It is called like any other model and generates like any other, and is neither pruned nor saved.
     The weights must be arguments of the `jit` around it, as `generate` has them: the kernels
     request them before the computation before has ended, see `fused_matmul`'s `prefetch`. It is for
-    one GPU: sharded weights or caches are gathered before every kernel.
+    one GPU: sharded weights or caches are gathered before every kernel. What is one kernel in a
+    decode step has no derivative there.
     """
 
     def __init__(

@@ -368,34 +368,44 @@ def compress(weight: Float[Array, "out channel"]) -> UInt8[Array, " blob_byte"]:
     return jax.ffi.ffi_call(target, results, vmap_method="sequential")(weight)[0]
 
 
-class Search:
-    """The algorithms of one product, one after the other, on the GPU that is JAX's first.
+class AlgorithmSearch:
+    """The algorithms of one product, one after the other, on one GPU.
 
-    What the library has to be told is told once: to take another algorithm is then a hundred times
-    faster than a plan made anew. Not for several threads.
+    What the library has to be told is told once: to take another algorithm is then much faster than
+    a plan made anew. For one thread at a time.
 
     Args:
         rows: Of x, a multiple of 8.
         out, channels: Of the weight.
         dtype: float16 or bfloat16.
+        gpu: None is JAX's first.
 
     Raises:
-        RuntimeError: There is no library.
+        RuntimeError: There is no library, or no GPU.
         ValueError: 8 does not divide the rows.
     """
 
-    def __init__(self, *, rows: int, out: int, channels: int, dtype: np.dtype):
+    def __init__(
+        self, *, rows: int, out: int, channels: int, dtype: np.dtype, gpu: jax.Device | None = None
+    ):
         opened = _require()
         if rows % ROW_UNIT or rows == 0:
             raise ValueError(f"a search takes a multiple of {ROW_UNIT} rows; got {rows}. Pad x.")
-        self._product = (rows, channels, np.dtype(dtype))
+        self._gpu = device() if gpu is None else gpu
+        if self._gpu is None:
+            raise RuntimeError(
+                "a search times products on an NVIDIA GPU, and JAX sees none. `esparse doctor` "
+                "says what is missing."
+            )
+        self._x = jax.ShapeDtypeStruct((rows, channels), np.dtype(dtype))
         self._out = out
-        self._workspace_bytes = 0
+        self._taken: PlanFacts | None = None
         self._search = _loaded_extension().CusparseltSearch(
             rows=rows,
             out=out,
             channels=channels,
             dtype=np.dtype(dtype).name,
+            device=self._gpu.local_hardware_id or 0,
             on_host=opened.on_host,
         )
 
@@ -406,9 +416,10 @@ class Search:
             RuntimeError: The library refuses the product or the algorithm; the message names its
                 call. Another one can be taken then.
         """
-        facts = _plan_facts(self._search.take(**(algorithm or Algorithm())._attributes()))
-        self._workspace_bytes = facts.workspace_bytes
-        return facts
+        self._taken = None
+        answer = self._search.take(**(algorithm or Algorithm())._attributes())
+        self._taken = _plan_facts(answer)
+        return self._taken
 
     def time(
         self,
@@ -425,7 +436,7 @@ class Search:
         its own, with a time limit.
 
         Args:
-            x: On the GPU.
+            x: On the GPU of the search, as all that is given.
             blobs: Copies of one weight that come to 300 MB or more with x and y, so that none is
                 still in the cache when its turn comes again. A single launch takes one copy of any
                 size.
@@ -436,7 +447,7 @@ class Search:
         Raises:
             RuntimeError: The extension has no CUDA part, or no algorithm was taken, or the GPU
                 failed; the message names the call.
-            ValueError: `x` is not what the search was made for.
+            ValueError: Arrays that are not what the search was made for.
         """
         if not native.extension().HAS_CUSPARSELT_TIMER:
             raise RuntimeError(
@@ -444,22 +455,19 @@ class Search:
                 "in this build. Install with nvcc at hand, pip install . "
                 "-C cmake.define.ESPARSE_CUDA=ON (see BUILD.md)."
             )
-        rows, channels, dtype = self._product
-        if (*x.shape, x.dtype) != self._product:
-            raise ValueError(
-                f"the search is for x of {dtype.name}[{rows}, {channels}]; got "
-                f"{x.dtype.name}{list(x.shape)}."
-            )
-        (where,) = x.devices()
-        with jax.default_device(where):
-            y = jnp.zeros((rows, self._out), dtype) if y is None else y
+        if self._taken is None:
+            raise RuntimeError("there is no algorithm to time: take one first.")
+        rows, dtype = self._x.shape[0], self._x.dtype
+        if y is None:
+            with jax.default_device(self._gpu):
+                y = jnp.zeros((rows, self._out), dtype)
+        self._require_arrays(x, blobs, y)
         # What a workspace holds at first is not known where XLA sets it aside. Made on the host,
         # since every size would be compiled for.
-        workspace = self._workspace_bytes
-        scratch = jax.device_put(np.full(max(workspace, 1), 0xFF, np.uint8), where)
+        workspace = self._taken.workspace_bytes
+        scratch = jax.device_put(np.full(max(workspace, 1), 0xFF, np.uint8), self._gpu)
         jax.block_until_ready((x, blobs, y, scratch))
         return self._search.time(
-            device=where.local_hardware_id,
             x=x.unsafe_buffer_pointer(),
             blobs=blobs.unsafe_buffer_pointer(),
             copies=blobs.shape[0],
@@ -469,3 +477,29 @@ class Search:
             launches=max(launches, blobs.shape[0]),
             replays=replays,
         )
+
+    def _require_arrays(self, x: Array, blobs: Array, y: Array) -> None:
+        """Their addresses are all that the extension gets."""
+        (rows, channels), dtype = self._x.shape, self._x.dtype
+        if (x.shape, x.dtype) != (self._x.shape, dtype):
+            raise ValueError(
+                f"this search is for x of {dtype.name}[{rows}, {channels}]; got "
+                f"{x.dtype.name}{list(x.shape)}. Make another AlgorithmSearch."
+            )
+        if y.shape[0] < rows or y.shape[1:] != (self._out,) or y.dtype != dtype:
+            raise ValueError(
+                f"y must be {dtype.name}[{rows} or more, {self._out}]; got "
+                f"{y.dtype.name}{list(y.shape)}."
+            )
+        if blobs.shape[1] != self._taken.blob_bytes:
+            raise ValueError(
+                f"a blob of this weight has {self._taken.blob_bytes} bytes; got blobs of "
+                f"{blobs.shape[1]}."
+            )
+        for name, array in (("x", x), ("blobs", blobs), ("y", y)):
+            if array.devices() != {self._gpu}:
+                raise ValueError(
+                    f"this search is for {self._gpu}; {name} is on "
+                    f"{', '.join(map(str, array.devices()))}. Put it there, or make another "
+                    f"AlgorithmSearch with that gpu."
+                )

@@ -104,7 +104,7 @@ class Bench:
         self._weights = [self._weight]  # dense copies
         self._blobs = None if self._blob is None else self._blob.data[None]
         self._all_blobs = self._blobs
-        self._search: _ffi_cusparselt.Search | None = None  # of the rows at hand
+        self._search: _ffi_cusparselt.AlgorithmSearch | None = None  # of the rows at hand
 
     def facts(self) -> dict[str, Any]:
         """What the parent has to know before it asks."""
@@ -143,9 +143,11 @@ class Bench:
         self._split_k = plan.chosen.split_k
         return plan.algorithms
 
-    def _search_of(self, rows: int) -> _ffi_cusparselt.Search:
+    def _search_of(self, rows: int) -> _ffi_cusparselt.AlgorithmSearch:
         out, channels = self._shape
-        return _ffi_cusparselt.Search(rows=rows, out=out, channels=channels, dtype=self._dtype)
+        return _ffi_cusparselt.AlgorithmSearch(
+            rows=rows, out=out, channels=channels, dtype=self._dtype, gpu=self._device
+        )
 
     def run(self, rows: int, candidate: Mapping[str, Any], **effort: Any) -> dict[str, Any]:
         """The fields of a report's end."""
@@ -220,7 +222,7 @@ class Bench:
 
     def _by_library(
         self,
-        search: _ffi_cusparselt.Search,
+        search: _ffi_cusparselt.AlgorithmSearch,
         y: Array,
         blobs: Array,
         *,

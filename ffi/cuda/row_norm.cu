@@ -3,7 +3,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cuda/row_norm.h"
@@ -48,19 +47,20 @@ __global__ void __launch_bounds__(kThreads) NormRows(const __grid_constant__ Row
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
   const int here = static_cast<int>(min(static_cast<int64_t>(kRows), p.rows - first));
   const int vectors = p.channels / kNormUnit;
-  const auto* x = static_cast<const Vec*>(p.x) + first * vectors;
-  const auto* residual = static_cast<const Vec*>(p.residual) + first * vectors;
-  auto* sum = static_cast<Vec*>(p.sum) + first * vectors;
-  auto* normed = static_cast<Vec*>(p.normed) + first * vectors;
+  const auto* x = static_cast<const Vec*>(p.x);
+  const auto* residual = static_cast<const Vec*>(p.residual);
+  auto* sum = static_cast<Vec*>(p.sum);
+  auto* normed = static_cast<Vec*>(p.normed);
+  const auto at = [&](int r, int v) { return (first + r) * vectors + v; };
 
   float squares[kRows] = {};
   for (int v = threadIdx.x; v < vectors; v += kThreads) {
-    Vec values[kRows], added[kRows];
+    Vec values[kRows] = {}, added[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= here) continue;
-      values[r] = x[static_cast<int64_t>(r) * vectors + v];
-      if (p.residual != nullptr) added[r] = residual[static_cast<int64_t>(r) * vectors + v];
+      values[r] = x[at(r, v)];
+      if (p.residual != nullptr) added[r] = residual[at(r, v)];
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) NormRows(const __grid_constant__ Row
         }
         squares[r] += value * value;
       }
-      if (p.sum != nullptr) sum[static_cast<int64_t>(r) * vectors + v] = values[r];
+      if (p.sum != nullptr) sum[at(r, v)] = values[r];
     }
 #pragma unroll
     for (int j = 0; j < kNormUnit; ++j) {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads) NormRows(const __grid_constant__ Row
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (r < here) normed[static_cast<int64_t>(r) * vectors + v] = results[r];
+      if (r < here) normed[at(r, v)] = results[r];
     }
   }
 }

@@ -12,8 +12,8 @@
 namespace esparse::cuda {
 
 constexpr int kNormUnit = 8;  // divides the channels: 16 bytes are read at a time
-constexpr int kMostNormChannels =
-    24320;  // of 16 bits, in what a block may have without asking for more
+// Of 16 bits, in the shared memory that a block may have without asking for more.
+constexpr int kMostNormChannels = 24320;
 
 // sum = x + residual, rounded; normed[r][c] = sum[r][p[c]] * gain[p[c]] / sqrt(mean(sum[r]^2) +
 // epsilon), computed in float32 and rounded. Every address is a multiple of 16 bytes.
@@ -21,7 +21,7 @@ struct RowNorm {
   const void* x;               // [rows][channels]
   const void* residual;        // the same; null: nothing is added
   const void* gain;            // [channels]; null: ones
-  const int32_t* permutation;  // [channels]; null: the natural order
+  const int32_t* permutation;  // [channels], each once, unchecked; null: the natural order
   void* sum;                   // [rows][channels]; null: not written. May be x or residual.
   void* normed;                // [rows][channels]
   int64_t rows;

@@ -30,8 +30,9 @@ ffi::Error CheckChannels(const char* name, const ffi::AnyBuffer& buffer, ffi::Da
 
 ffi::Error CheckAligned(const char* name, const ffi::AnyBuffer& buffer) {
   if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16 == 0) return ffi::Error::Success();
-  return InvalidArgument("the norm of rows reads and writes 16 bytes at a time; ", name, " ",
-                         Describe(buffer), " starts at an address that is no multiple.");
+  return InvalidArgument(
+      "the norm of rows reads and writes 16 bytes at a time; ", name, " ", Describe(buffer),
+      " starts at an address that is no multiple of 16. Give an array of its own.");
 }
 
 ffi::Error RowNormImpl(cudaStream_t stream, ffi::AnyBuffer x, ffi::RemainingArgs arguments,

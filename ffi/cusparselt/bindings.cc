@@ -134,31 +134,39 @@ py::dict DescribePlan(int64_t rows, int64_t out, int64_t channels, const std::st
   return facts.Dict();
 }
 
-// The algorithms of one product, one after the other, on the GPU that is current when it is made
-// or on the host. One thread at a time, which holds the GIL.
-class Search {
+// The algorithms of one product, one after the other, on one GPU or on the host. For one thread at
+// a time.
+class AlgorithmSearch {
  public:
-  Search(int64_t rows, int64_t out, int64_t channels, const std::string& dtype, bool on_host)
-      : on_host_(on_host), problem_({rows, out, channels, TypeNamed(dtype)}) {}
+  AlgorithmSearch(int64_t rows, int64_t out, int64_t channels, const std::string& dtype,
+                  int32_t device, bool on_host)
+      : on_host_(on_host), device_(device), problem_({rows, out, channels, TypeNamed(dtype)}) {}
 
   // Takes an algorithm; what was taken before is gone, even where this fails.
   py::dict Take(int32_t algorithm, int32_t split_k, int32_t split_k_mode, int32_t split_k_buffers) {
     const Algorithm wanted = {algorithm, split_k, split_k_mode, split_k_buffers};
     taken_ = false;
-    if (plan_.has_value()) {
-      ThrowIfError(plan_->Change(wanted));
-    } else {
-      plan_ = ValueOrThrow(Plan::Create(CurrentContext(on_host_), problem_, wanted));
-    }
+    const PlanFacts facts = [&] {
+      const py::gil_scoped_release release;
+#ifdef ESPARSE_CUDA  // else nothing is timed, and the plan is for the GPU that is current
+      CurrentDevice current;
+      if (!on_host_) ThrowIfError(current.Set(device_));
+#endif
+      if (plan_.has_value()) {
+        ThrowIfError(plan_->Change(wanted));
+      } else {
+        plan_ = ValueOrThrow(Plan::Create(CurrentContext(on_host_), problem_, wanted));
+      }
+      return PlanFacts(*plan_);
+    }();
     taken_ = true;
-    return PlanFacts(*plan_).Dict();
+    return facts.Dict();
   }
 
 #ifdef ESPARSE_CUDA
   // Times what was taken last; see TimeCandidate.
-  double Time(int32_t device, uintptr_t x, uintptr_t blobs, int64_t copies, uintptr_t y,
-              uintptr_t workspace, size_t workspace_bytes, int32_t launches,
-              int32_t replays) const {
+  double Time(uintptr_t x, uintptr_t blobs, int64_t copies, uintptr_t y, uintptr_t workspace,
+              size_t workspace_bytes, int32_t launches, int32_t replays) const {
     if (!taken_) throw std::runtime_error("there is no algorithm to time: take one first.");
     Candidate candidate;
     candidate.x = reinterpret_cast<const void*>(x);
@@ -167,14 +175,16 @@ class Search {
     candidate.y = reinterpret_cast<void*>(y);
     candidate.workspace = reinterpret_cast<void*>(workspace);
     candidate.workspace_bytes = workspace_bytes;
+    const py::gil_scoped_release release;
     CurrentDevice current;
-    ThrowIfError(current.Set(device));
+    ThrowIfError(current.Set(device_));
     return ValueOrThrow(TimeCandidate(*plan_, candidate, launches, replays));
   }
 #endif
 
  private:
   bool on_host_;
+  int32_t device_;
   Problem problem_;
   std::optional<Plan> plan_;
   bool taken_ = false;
@@ -202,15 +212,15 @@ void Bind(py::module_& module) {
              arg("split_k_buffers"), arg("on_host"));
   module.def("cusparselt_compressed_bytes", &CompressedBytes, py::kw_only(), arg("out"),
              arg("channels"), arg("dtype"), arg("on_host"));
-  py::class_<Search> search(module, "CusparseltSearch");
-  search.def(py::init<int64_t, int64_t, int64_t, const std::string&, bool>(), py::kw_only(),
-             arg("rows"), arg("out"), arg("channels"), arg("dtype"), arg("on_host"));
-  search.def("take", &Search::Take, py::kw_only(), arg("algorithm"), arg("split_k"),
+  py::class_<AlgorithmSearch> search(module, "CusparseltSearch");
+  search.def(py::init<int64_t, int64_t, int64_t, const std::string&, int32_t, bool>(),
+             py::kw_only(), arg("rows"), arg("out"), arg("channels"), arg("dtype"), arg("device"),
+             arg("on_host"));
+  search.def("take", &AlgorithmSearch::Take, py::kw_only(), arg("algorithm"), arg("split_k"),
              arg("split_k_mode"), arg("split_k_buffers"));
 #ifdef ESPARSE_CUDA
-  search.def("time", &Search::Time, py::kw_only(), arg("device"), arg("x"), arg("blobs"),
-             arg("copies"), arg("y"), arg("workspace"), arg("workspace_bytes"), arg("launches"),
-             arg("replays"));
+  search.def("time", &AlgorithmSearch::Time, py::kw_only(), arg("x"), arg("blobs"), arg("copies"),
+             arg("y"), arg("workspace"), arg("workspace_bytes"), arg("launches"), arg("replays"));
 #endif
 }
 

@@ -99,7 +99,7 @@ ffi::Error Plan::Change(const Algorithm& algorithm) {
   const auto change = [&]() -> ffi::Error {
     if (owners_ != nullptr) {
       const auto lock = context_->Lock();
-      if (Restore().success()) return Choose(algorithm);
+      if (Restore()) return Choose(algorithm);
     }
     owners_ = NothingIn<Owners>(context_);  // outside of the lock, which what was there takes
     const auto lock = context_->Lock();
@@ -124,6 +124,7 @@ ffi::Error Plan::Describe() {
   const Library& library = context_->library();
   const Handle& handle = context_->handle();
   changed_.clear();
+  restorable_ = false;
   // Without a transpose: x [row, channel] is B read with "op transpose", and y [row, out] is the
   // library's D [out, row] in column order, which is the same bytes.
   ESPARSE_ASSIGN_OR_RETURN(
@@ -152,6 +153,7 @@ ffi::Error Plan::Describe() {
   size_t buffer_bytes = 0;
   ESPARSE_CUSPARSELT_CALL(library, SpMMACompressedSize2, handle.get(), owners_->weight.get(),
                           &blob_bytes_, &buffer_bytes);
+  restorable_ = true;
   return ffi::Error::Success();
 }
 
@@ -173,9 +175,10 @@ ffi::Error Plan::Choose(const Algorithm& algorithm) {
   for (const auto& [attribute, value, asked] : wanted) {
     if (!asked) continue;
     int before = 0;
-    ESPARSE_RETURN_IF_ERROR(Get(library, handle, owners_->selection, attribute, &before));
+    const bool told = Get(library, handle, owners_->selection, attribute, &before).success();
     ESPARSE_RETURN_IF_ERROR(Set(library, handle, owners_->selection, attribute, value));
     changed_.push_back({attribute, before});
+    restorable_ = restorable_ && told;
   }
   ESPARSE_ASSIGN_OR_RETURN(
       plan,
@@ -190,14 +193,14 @@ ffi::Error Plan::Choose(const Algorithm& algorithm) {
   return ffi::Error::Success();
 }
 
-ffi::Error Plan::Restore() {
+bool Plan::Restore() {
   if (owners_->plan != nullptr) owners_->spent.emplace_back(owners_->plan.release());
-  if (owners_->selection == nullptr) return ffi::Error::Internal("the product was not described");
-  for (; !changed_.empty(); changed_.pop_back()) {
-    ESPARSE_RETURN_IF_ERROR(Set(context_->library(), context_->handle(), owners_->selection,
-                                changed_.back().attribute, changed_.back().before));
+  for (; restorable_ && !changed_.empty(); changed_.pop_back()) {
+    restorable_ = Set(context_->library(), context_->handle(), owners_->selection,
+                      changed_.back().attribute, changed_.back().before)
+                      .success();
   }
-  return ffi::Error::Success();
+  return restorable_;
 }
 
 ffi::ErrorOr<Algorithm> Plan::Chosen() const {

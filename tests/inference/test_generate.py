@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from esparse_jax import generate
-from esparse_jax.inference.generate import CHUNK, HashedOnce, decode, prefill, sample, split
+from esparse_jax.inference.generate import CHUNK, HashedOnce, decode, prefill, sample, split_once
 from esparse_jax.models import LlamaConfig, LlamaForCausalLM
 
 # The name of the file is that of the function in the room.
@@ -94,33 +94,35 @@ def test_one_row_does_not_wait_for_padding_of_the_others(model, greedy):
         np.testing.assert_array_equal(alone, together)
 
 
-def test_a_model_that_was_split_is_hashed_once_and_compiled_once(model, monkeypatch):
-    hashed = []
-    true_hash = nnx.GraphDef.__hash__
+def test_a_model_that_was_split_is_hashed_and_compared_once(model, monkeypatch):
+    done = {"__hash__": 0, "__eq__": 0}
+    for name in done:
+        true = getattr(nnx.GraphDef, name)
 
-    def counted(graphdef):
-        hashed.append(graphdef)
-        return true_hash(graphdef)
+        def counted(*given, name=name, true=true):
+            done[name] += 1
+            return true(*given)
 
-    monkeypatch.setattr(nnx.GraphDef, "__hash__", counted)
-    graphdef, state = split(model)
+        monkeypatch.setattr(nnx.GraphDef, name, counted)
+    graphdef, state = split_once(model)
     options = {"max_length": 9, "temperature": 0.0, "top_k": None, "top_p": 1.0}
     arguments = (state, jnp.ones((1, 7), jnp.int32), None, jax.random.key(0))
-    before = prefill._cache_size()
+    compiled = prefill._cache_size()
     first, _ = prefill(graphdef, *arguments, **options)
-    assert len(hashed) == 1
     prefill(graphdef, *arguments, **options)
-    again, _ = split(model)
+    assert done == {"__hash__": 1, "__eq__": 0}
+    again, _ = split_once(model)
     assert again is not graphdef
+    for _ in range(3):
+        token, _ = prefill(again, *arguments, **options)
+        np.testing.assert_array_equal(first, token)
+    assert done == {"__hash__": 2, "__eq__": 1}
+    assert prefill._cache_size() == compiled + 1
     assert (again, hash(again)) == (graphdef, hash(graphdef))
-    token, _ = prefill(again, *arguments, **options)
-    np.testing.assert_array_equal(first, token)
-    assert len(hashed) == 2
-    assert prefill._cache_size() == before + 1
     other = LlamaForCausalLM(
         LlamaConfig.from_dict(FIELDS | {"num_hidden_layers": 1}), rngs=nnx.Rngs(0)
     )
-    assert split(other)[0] != graphdef
+    assert split_once(other)[0] != graphdef
     assert graphdef != graphdef.graphdef
     assert HashedOnce(nnx.split(model)[0]) == graphdef
 

@@ -587,16 +587,28 @@ def test_timing_says_what_it_needs(fake, monkeypatch):
     with pytest.raises(ValueError, match="a multiple of 8 rows; got 9"):
         _search(rows=9)
     search, blobs = _search(), jnp.zeros((2, 4608), jnp.uint8)
+    search.take(None)
     monkeypatch.setattr(EXTENSION, "HAS_CUSPARSELT_TIMER", False)
     with pytest.raises(RuntimeError, match="ESPARSE_CUDA=ON"):
         search.time(random_x(8, 64), blobs)
     monkeypatch.setattr(EXTENSION, "HAS_CUSPARSELT_TIMER", True)
     with pytest.raises(ValueError, match=r"for x of float16\[8, 64\]; got float16\[16, 64\]"):
         search.time(random_x(16, 64), blobs)
+    with pytest.raises(
+        ValueError, match=r"y must be float16\[8 or more, 64\]; got float16\[7, 64\]"
+    ):
+        search.time(random_x(8, 64), blobs, y=random_x(7, 64))
+    with pytest.raises(ValueError, match="has 4608 bytes; got blobs of 4607"):
+        search.time(random_x(8, 64), blobs[:, 1:])
+    search._gpu = "another GPU"
+    with pytest.raises(ValueError, match=r"is for another GPU; x is on .*cpu.*\. Put it there"):
+        search.time(random_x(8, 64), blobs, y=random_x(8, 64))
 
 
 def _search(rows=8, channels=64):
-    return _ffi_cusparselt.Search(rows=rows, out=64, channels=channels, dtype=np.dtype("float16"))
+    return _ffi_cusparselt.AlgorithmSearch(
+        rows=rows, out=64, channels=channels, dtype=np.dtype("float16")
+    )
 
 
 def _taken(search, **algorithm) -> tuple[int, int | None, int]:
@@ -627,7 +639,7 @@ def test_a_search_goes_on_after_a_refused_algorithm(fake, refused):
         with pytest.raises(RuntimeError, match="The product is"):
             search.take(Algorithm(**refused))
         assert _taken(search, id=2) == (2, 1, 0)
-    assert fake.calls("MatmulAlgSelectionInit") <= 2  # the first failure left nothing to keep
+    assert fake.calls("MatmulAlgSelectionInit") == 2  # the first failure left nothing to keep
 
 
 def test_what_cannot_be_set_back_is_described_anew(fake):
@@ -641,7 +653,7 @@ def test_what_cannot_be_set_back_is_described_anew(fake):
     assert fake.alive() == ONE_PRODUCT
 
 
-def test_a_search_that_failed_can_take_another(fake):
+def test_a_search_that_failed_can_take_another(fake, monkeypatch):
     search = _search()
     fake.fail("MatmulAlgSelectionInit")
     for _ in range(2):
@@ -649,13 +661,21 @@ def test_a_search_that_failed_can_take_another(fake):
             search.take(None)
     fake.fail("")
     assert _taken(search) == (2, 1, 0)
-    if hasattr(EXTENSION.CusparseltSearch, "time"):
-        fake.fail("MatmulPlanInit")
-        with pytest.raises(RuntimeError, match="cusparseLtMatmulPlanInit"):
-            search.take(None)
-        x, blobs = random_x(8, 64), jnp.zeros((1, 4608), jnp.uint8)
-        with pytest.raises(RuntimeError, match="take one first"):
-            search.time(x, blobs, launches=1)
+    fake.fail("MatmulPlanInit")
+    with pytest.raises(RuntimeError, match="cusparseLtMatmulPlanInit"):
+        search.take(None)
+    monkeypatch.setattr(EXTENSION, "HAS_CUSPARSELT_TIMER", True)
+    with pytest.raises(RuntimeError, match="take one first"):
+        search.time(random_x(8, 64), jnp.zeros((1, 4608), jnp.uint8), launches=1)
+
+
+def test_what_the_library_does_not_tell_is_described_anew(fake):
+    search = _search()
+    fake.fail("MatmulAlgGetAttribute", skip=1)  # how many there are it does tell
+    assert search.take(Algorithm(id=3, split_k=-1)).chosen.id is None
+    fake.fail("")
+    assert _taken(search, id=4) == (4, 1, 0)
+    assert fake.calls("MatmulAlgSelectionInit") == 2
 
 
 def test_all_stages_are_registered_for_cuda():

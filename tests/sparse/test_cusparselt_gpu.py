@@ -393,8 +393,10 @@ def test_a_search_computes_what_plans_of_their_own_do():
     blobs = jax.jit(_ffi_cusparselt.compress)(weight)[None]
     product = {"rows": 24, "out": 1024, "channels": 512, "dtype": np.dtype("float16")}
     search = _search(x, 1024)
-    algorithms = [Algorithm(id=id, **split) for split in ({}, {"split_k": 1}) for id in (0, 2, 5)]
-    for algorithm in [*algorithms, *algorithms[::-1]]:
+    splits = ({}, {"split_k": 1}, {"split_k": -1})
+    algorithms = [None, *(Algorithm(id=id, **split) for split in splits for id in (0, 2, 5))]
+    timed = set()
+    for algorithm in [*algorithms, *algorithms[::-1], *algorithms[::2]]:
         try:
             facts = search.take(algorithm)
         except RuntimeError:  # another architecture
@@ -407,8 +409,10 @@ def test_a_search_computes_what_plans_of_their_own_do():
         blob = device_blob24(compress24(weight))
         expected = np.asarray(by_library(x, blob, algorithm=algorithm))
         np.testing.assert_array_equal(np.asarray(y).view(np.int16), expected.view(np.int16))
+        timed.add(algorithm and algorithm.split_k)
+    assert timed == {None, 1, -1} if _architecture() == 90 else timed
 
 
 def _search(x, out):
     rows, channels = x.shape
-    return _ffi_cusparselt.Search(rows=rows, out=out, channels=channels, dtype=x.dtype)
+    return _ffi_cusparselt.AlgorithmSearch(rows=rows, out=out, channels=channels, dtype=x.dtype)

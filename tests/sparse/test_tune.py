@@ -648,8 +648,9 @@ def test_sums_in_another_order_are_no_wrong_numbers(bench, monkeypatch):
 def test_an_algorithm_is_taken_and_then_timed(bench, monkeypatch):
     made = []
 
-    class Search(Timers, _ffi_cusparselt.Search):
-        def __init__(self, *, rows, out, channels, dtype):
+    class Search(Timers, _ffi_cusparselt.AlgorithmSearch):
+        def __init__(self, *, rows, out, channels, dtype, gpu):
+            assert gpu == jax.devices("cpu")[0]
             Timers.__init__(self, bench, [50.0, 12.0, 49.0, 11.0])
             made.append((rows, out, channels, dtype.name))
 
@@ -658,7 +659,7 @@ def test_an_algorithm_is_taken_and_then_timed(bench, monkeypatch):
                 raise RuntimeError("operation not supported")
             return _ffi_cusparselt.PlanFacts(4, algorithm, 0, 48)
 
-    monkeypatch.setattr(_ffi_cusparselt, "Search", Search)
+    monkeypatch.setattr(_ffi_cusparselt, "AlgorithmSearch", Search)
     bench.make_operands(1)
     bench.make_operands(16)
     options = {"thorough": False, "best": None}
