@@ -227,7 +227,7 @@ class Torch:
         return statistics.median(times[2:])
 
 
-def library_times(
+def times_of_library(
     ours: Sequence[Kernel], products: int, theirs: Sequence[Kernel], their_products: int
 ) -> tuple[float, float, list[str], str | None]:
     """Microseconds of the library's kernels a product, from JAX and from PyTorch.
@@ -347,7 +347,7 @@ def profile_device(case: Case) -> None:
     theirs, their_products = profiled(
         ((case.torch.call, alone), (case.torch.queue, alone)), lambda _: torch.cuda.synchronize()
     )
-    jax_us, torch_us, names, note = library_times(
+    jax_us, torch_us, names, note = times_of_library(
         ours.require_kernels(), products, theirs.require_kernels(), their_products
     )
     case.row |= {

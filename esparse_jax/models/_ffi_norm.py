@@ -67,24 +67,15 @@ def add_norm(
     return _add_norm(x, residual, gain, permutation, float(epsilon))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _add_norm(x, residual, gain, permutation, epsilon):
-    return jax.lax.platform_dependent(
-        x,
-        residual,
-        gain,
-        permutation,
-        cuda=functools.partial(_kernel, epsilon=epsilon),
-        default=functools.partial(_plain, epsilon=epsilon),
-    )
-
-
-@_add_norm.defjvp
-def _add_norm_jvp(epsilon, primals, tangents):
-    return jax.jvp(functools.partial(_plain, epsilon=epsilon), primals, tangents)
-
-
-def _plain(x, residual, gain, permutation, epsilon):
+def add_norm_reference(
+    x: Float[Array, "row channel"],
+    residual: Float[Array, "row channel"] | None = None,
+    gain: Float[Array, " channel"] | None = None,
+    permutation: Int32[Array, " channel"] | None = None,
+    *,
+    epsilon: float,
+) -> tuple[Float[Array, "row channel"], Float[Array, "row channel"]]:
+    """What `add_norm` computes, in plain JAX; any dtype and number of channels."""
     total = x if residual is None else residual + x
     wide = total.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=1, keepdims=True) + epsilon)
@@ -94,6 +85,23 @@ def _plain(x, residual, gain, permutation, epsilon):
     if permutation is not None:
         normed = normed.at[:, permutation].get(mode="promise_in_bounds")
     return total, normed
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _add_norm(x, residual, gain, permutation, epsilon):
+    return jax.lax.platform_dependent(
+        x,
+        residual,
+        gain,
+        permutation,
+        cuda=functools.partial(_kernel, epsilon=epsilon),
+        default=functools.partial(add_norm_reference, epsilon=epsilon),
+    )
+
+
+@_add_norm.defjvp
+def _add_norm_jvp(epsilon, primals, tangents):
+    return jax.jvp(functools.partial(add_norm_reference, epsilon=epsilon), primals, tangents)
 
 
 def _kernel(x, residual, gain, permutation, epsilon):

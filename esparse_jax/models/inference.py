@@ -17,13 +17,12 @@ that is read (`_ffi_norm`). On other platforms everything goes one product at a 
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from esparse_jax.models._ffi_norm import add_norm, norm_takes
+from esparse_jax.models._ffi_norm import add_norm, add_norm_reference, norm_takes
 from esparse_jax.models.cache import LayerCache
 from esparse_jax.models.layers import Permutation, SparseLinear
 from esparse_jax.models.llama import (
@@ -174,9 +173,7 @@ class InferenceLayer(nnx.Module):
     ) -> Float[Array, "row channel"]:
         if norm is not None:
             return norm(hidden)
-        wide = hidden.astype(jnp.float32)
-        squares = jnp.mean(jnp.square(wide), axis=1, keepdims=True)
-        return (wide * jax.lax.rsqrt(squares + self.config.rms_norm_eps)).astype(hidden.dtype)
+        return add_norm_reference(hidden, epsilon=self.config.rms_norm_eps)[1]
 
     def _inner(self, both: Projected) -> Float[Array, "row inner"]:
         """Activated gates times up; in float32, as the fused kernels do it, and rounded once."""

@@ -81,7 +81,7 @@ def test_the_librarys_kernels_are_those_in_common(modules):
     def ran(*names):
         return [kernel_trace.Kernel(name, i, 1000 * (i + 1)) for i, name in enumerate(names)]
 
-    times = call_cost.library_times
+    times = call_cost.times_of_library
     ours = ran("sparse", "fusion", "sparse", "MemcpyD2D")
     assert times(ours, 2, ran("sparse"), 1) == (2.0, 1.0, ["sparse"], None)
     *_, note = times(ours, 4, ran("sparse"), 1)

@@ -33,6 +33,10 @@ def _why_not() -> str | None:
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))]
+needs_timer = pytest.mark.skipif(
+    not getattr(native.extension(), "HAS_CUSPARSELT_TIMER", False),
+    reason="the extension was built without its CUDA part",
+)
 by_library = functools.partial(sparse_matmul, backend="cusparselt")
 DTYPES = ("float16", "bfloat16")
 # Ids that the library's own search returned on an H200 with 0.8.0. Others may be broken there: an
@@ -352,10 +356,9 @@ def test_a_plan_is_described_and_an_unknown_algorithm_refused():
         by_library(random_x(16, 4096), blob, algorithm=unknown).block_until_ready()
 
 
+@needs_timer
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_algorithm_is_timed(dtype):
-    if not native.extension().HAS_CUSPARSELT_TIMER:
-        pytest.skip("the extension was built without its CUDA part")
     shape, x = (4096, 4096), random_x(16, 4096, dtype=dtype)
     blob = jax.jit(_ffi_cusparselt.compress)(_two_kept(shape, dtype))
     copies = math.ceil(300e6 / blob.nbytes)
@@ -371,10 +374,9 @@ def test_an_algorithm_is_timed(dtype):
         search.time(x, blobs[: copies - 1])
 
 
+@needs_timer
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_single_launch_shows_what_an_algorithm_computes(dtype):
-    if not native.extension().HAS_CUSPARSELT_TIMER:
-        pytest.skip("the extension was built without its CUDA part")
     weight, x = _two_kept((1024, 512), dtype), random_x(24, 512, dtype=dtype)
     blobs = jax.jit(_ffi_cusparselt.compress)(weight)[None]
     y = jnp.full((40, 1024), jnp.nan, dtype).block_until_ready()  # more rows than are computed
@@ -385,16 +387,15 @@ def test_a_single_launch_shows_what_an_algorithm_computes(dtype):
     assert np.all(np.isnan(np.asarray(y[24:], np.float32)))
 
 
+@needs_timer
 def test_a_search_computes_what_plans_of_their_own_do():
     """One selection takes many algorithms in turn; nothing of the one before is left in it."""
-    if not native.extension().HAS_CUSPARSELT_TIMER:
-        pytest.skip("the extension was built without its CUDA part")
     weight, x = _two_kept((1024, 512), "float16"), random_x(24, 512)
     blobs = jax.jit(_ffi_cusparselt.compress)(weight)[None]
     product = {"rows": 24, "out": 1024, "channels": 512, "dtype": np.dtype("float16")}
     search = _search(x, 1024)
     splits = ({}, {"split_k": 1}, {"split_k": -1})
-    algorithms = [None, *(Algorithm(id=id, **split) for split in splits for id in (0, 2, 5))]
+    algorithms = [None, *(Algorithm(id=id, **split) for split in splits for id in SEARCHED[:3])]
     timed = set()
     for algorithm in [*algorithms, *algorithms[::-1], *algorithms[::2]]:
         try:
