@@ -6,9 +6,9 @@ Runs itself under each tool. `products`: every instance of a decode step's produ
 both widths, one to four tiles), with all that can be fused to it, in calls alone and in a chain.
 `attentions`, from compute capability 9.0 on: every instance of a decode step's attention (both
 dtypes, both head sizes, all numbers of query heads to a key, all cluster sizes), with and without
-padding and prefetch. `norms`: every instance of the norm of a prompt's rows, with all that it may
-be given. Exit status 1 where a tool reports an error, where a result is wrong, or where a part did
-not run. compute-sanitizer is part of the CUDA toolkit.
+prefetch, and padding with an order of the result. `norms`: every instance of the norm of a prompt's
+rows, with all that it may be given. Exit status 1 where a tool reports an error, where a result is
+wrong, or where a part did not run. compute-sanitizer is part of the CUDA toolkit.
 """
 
 import itertools
@@ -147,6 +147,7 @@ class Step(NamedTuple):
     length: int
     start: np.ndarray | None
     heads: int
+    places: np.ndarray | None  # where the features of the result go
     prefetch: bool
 
     @property
@@ -165,10 +166,10 @@ def attentions() -> int:
         def run(given, caches, steps=steps):
             return [
                 _ffi_attention.attend(
-                    projected, *cache, cosines, sines, length, start,
+                    projected, *cache, cosines, sines, length, start, places,
                     heads=step.heads, prefetch=step.prefetch,
                 )
-                for step, (projected, cosines, sines, length, start), cache in zip(
+                for step, (projected, cosines, sines, length, start, places), cache in zip(
                     steps, given, caches, strict=True
                 )
             ]  # fmt: skip
@@ -180,6 +181,7 @@ def attentions() -> int:
                 np.sin(step.angles).astype(np.float32),
                 np.int32(step.length),
                 step.start,
+                step.places,
             )
             for step in steps
         ]
@@ -211,12 +213,13 @@ def _steps(dtype: str, features: int) -> list[Step]:
             positions = length - (start if padded else np.zeros(1))
             heads = shared * KV_HEADS
             width = (heads + 2 * KV_HEADS) * features
+            order = random.permutation(heads * features).astype(np.int32)
             steps.append(
                 Step(
                     random.standard_normal((rows, width), np.float32).astype(jnp.dtype(dtype)),
                     *held,
                     positions[:, None] * _THETA ** (-2 * np.arange(features // 2) / features),
-                    length, start, heads, prefetch,
+                    length, start, heads, order if padded else None, prefetch,
                 )
             )  # fmt: skip
     return steps
@@ -254,6 +257,8 @@ def _exact(step: Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _compare_step(step: Step, attended: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
     """Head by head; but for the new key, which is rounded, the cache is known bit by bit."""
     rounding = float(jnp.finfo(attended.dtype).eps)
+    if step.places is not None:
+        attended = attended[:, step.places]
     want, new_keys, new_values = _exact(step)
     _compare(attended.reshape(want.shape), want, rounding, "an attention", axis=1)
     _compare(keys[:, step.place], new_keys, rounding, "a key in the cache", axis=1)

@@ -63,6 +63,7 @@ def attend(
     sines: Float[Array, "#batch pair"],
     length: Int32[Array, ""],
     start: Int32[Array, " batch"] | None,
+    places: Int32[Array, " attended_feature"] | None,
     *,
     heads: int,
     prefetch: bool,
@@ -75,6 +76,7 @@ def attend(
         cosines, sines: Of the tokens' positions.
         length: How many slots are filled.
         start: The first slot of each row.
+        places: Where each feature of the result goes, each of them once; None: to its own place.
         heads: Of the queries.
         prefetch: The filled slots were complete before the kernel before began, and XLA copies
             neither array: they may be read before that kernel has ended.
@@ -87,13 +89,14 @@ def attend(
         jax.ShapeDtypeStruct(keys.shape, keys.dtype),
         jax.ShapeDtypeStruct(values.shape, values.dtype),
     ]
-    more = () if start is None else (start,)
+    more = tuple(each for each in (start, places) if each is not None)
     call = jax.ffi.ffi_call(
         target or extension.CUDA_ATTEND_TARGET, results, input_output_aliases={1: 1, 2: 2}
     )
     return tuple(
         call(
             projected, keys, values, cosines, sines, length, *more,
-            heads=np.int32(heads), prefetch=prefetch,
+            heads=np.int32(heads), has_start=start is not None, has_places=places is not None,
+            prefetch=prefetch,
         )
     )  # fmt: skip

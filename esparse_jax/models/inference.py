@@ -49,6 +49,7 @@ class InferenceLayer(nnx.Module):
         input_norm, mlp_norm: None where the gain is in the weights that follow.
         qkv_places, mlp_places: Where each channel of the residual stream stands in the order that
             qkv and gate_up read; None for the natural order.
+        o_places: The same for the attention's features and o.
         qkv_fused: Whether qkv can be the end of a chain.
         mlp_fused: Whether o, gate_up and down can be a chain; gate_up has 8 rows of gate, 8 of up
             and so on then, and otherwise all of gate first.
@@ -77,6 +78,7 @@ class InferenceLayer(nnx.Module):
         self.qkv_fused, self.mlp_fused = qkv_fused, mlp_fused
         self.qkv_places = nnx.data(_places(qkv[0]) if qkv_fused else None)
         self.mlp_places = nnx.data(_places(gate_up[0]) if mlp_fused else None)
+        self.o_places = nnx.data(_places(o) if mlp_fused else None)
 
     def project(self, hidden: Float[Array, "row channel"]) -> Projected:
         """Queries, keys and values from the residual stream."""
@@ -100,11 +102,17 @@ class InferenceLayer(nnx.Module):
         key = self.config.num_key_value_heads * self.config.head_dim
         return tuple(jnp.split(projected, (query, query + key), axis=1))
 
+    def chains(self, rows: int) -> bool:
+        """Whether so many rows go through one chain of products behind the attention."""
+        return self.mlp_fused and fused_takes(rows)
+
     def finish(
         self,
         attended: Float[Array, "row feature"],
         hidden: Float[Array, "row channel"],
         following: "InferenceLayer | None",
+        *,
+        ordered: bool = False,
     ) -> tuple[Float[Array, "row channel"], Projected | None]:
         """All that comes after the attention, and maybe the next layer's projections with it.
 
@@ -112,15 +120,17 @@ class InferenceLayer(nnx.Module):
             attended: The attention's output.
             hidden: The residual stream before the layer.
             following: The next layer.
+            ordered: Whether attended is in the order that o reads, by `o_places`. Only where
+                `chains`.
 
         Returns:
             The residual stream behind the layer; what `following.project` would give, or None if
             that is still to be computed.
         """
-        if self.mlp_fused and fused_takes(hidden.shape[0]):
+        if self.chains(hidden.shape[0]):
             with_next = following is not None and following.qkv_fused
             hidden, projected = sparse_chain(
-                self.o.ordered(attended),
+                attended if ordered else self.o.ordered(attended),
                 hidden,
                 ChainWeights(
                     o=self.o.weight.get_value(),
@@ -239,8 +249,16 @@ class InferenceModel(CausalLM):
             if projected is None:
                 projected = layer.project(stream)
             one_each = seq == 1 and positions is None and cache is not None and not empty
+            ordered = False
             if one_each and not isinstance(projected, tuple):
-                attended, cache = decode_attention(self.config, projected, cache, prefetch=in_place)
+                ordered = layer.chains(batch)
+                attended, cache = decode_attention(
+                    self.config,
+                    projected,
+                    cache,
+                    places=_value(layer.o_places) if ordered else None,
+                    prefetch=in_place,
+                )
             else:
                 attended, cache = rotary_attention(
                     self.config,
@@ -250,7 +268,7 @@ class InferenceModel(CausalLM):
                     empty=empty,
                 )
             attended = attended.reshape(batch * seq, -1)
-            stream, projected = layer.finish(attended, stream, following)
+            stream, projected = layer.finish(attended, stream, following, ordered=ordered)
             written.append(cache)
         return stream.reshape(hidden.shape), written
 

@@ -599,6 +599,7 @@ def decode_attention(
     projected: Float[Array, "batch projected_feature"],
     cache: LayerCache,
     *,
+    places: Int[Array, " feature"] | None = None,
     prefetch: bool = False,
 ) -> tuple[Float[Array, "batch feature"], LayerCache]:
     """What `rotary_attention` computes for one token a row, from one fused projection.
@@ -611,6 +612,8 @@ def decode_attention(
         config: Of the model.
         projected: Queries, keys and values side by side.
         cache: Written at its next slot.
+        places: Where each feature of the result goes, each of them once: the order of channels that
+            the product behind reads. None leaves them where they are.
         prefetch: As `in_place` of `CausalLM.blocks`.
 
     A row all of whose slots are padding yet attends to its token alone, where `rotary_attention`
@@ -624,7 +627,7 @@ def decode_attention(
         config.head_dim,
     )
 
-    def plain(projected, keys, values, length, start):
+    def plain(projected, keys, values, length, start, places):
         query, key, value = jnp.split(
             projected, (heads * features, (heads + kv_heads) * features), axis=1
         )
@@ -633,17 +636,24 @@ def decode_attention(
             *(x[:, None] for x in (query, key, value)),
             cache=LayerCache(keys, values, length, start),
         )
-        return attended[:, 0], written.keys, written.values
+        attended = attended[:, 0]
+        if places is not None:
+            attended = (
+                jnp.zeros_like(attended)
+                .at[:, places]
+                .set(attended, mode="promise_in_bounds", unique_indices=True)
+            )
+        return attended, written.keys, written.values
 
-    def kernel(projected, keys, values, length, start):
+    def kernel(projected, keys, values, length, start, places):
         positions = LayerCache(keys, values, length, start).positions(1)
         angles = rotary_angles(config.rope, features, positions)
         return attend(
             projected, keys, values, *(x.reshape(-1, features // 2) for x in angles), length, start,
-            heads=heads, prefetch=prefetch,
+            places, heads=heads, prefetch=prefetch,
         )  # fmt: skip
 
-    operands = (projected, cache.keys, cache.values, cache.length, cache.start)
+    operands = (projected, cache.keys, cache.values, cache.length, cache.start, places)
     same = projected.dtype == cache.keys.dtype == cache.values.dtype
     if same and attend_takes(projected.dtype, heads, kv_heads, features):
         results = jax.lax.platform_dependent(*operands, cuda=kernel, default=plain)

@@ -81,12 +81,13 @@ struct Gpu {
 // there are no clusters there is no kernel; nothing launches it.
 #if __CUDA_ARCH__ >= 900
 #define ESPARSE_CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
-#define ESPARSE_BODY(T, FEATURES, SHARED, CLUSTER)                          \
-  __shared__ AttentionShared<T, FEATURES, SHARED> shared;                   \
-  Gpu gpu;                                                                  \
-  Attend<Gpu, T, FEATURES, SHARED, CLUSTER>(                                \
-      gpu, shared, static_cast<const T*>(projected), static_cast<T*>(keys), \
-      static_cast<T*>(values), cosines, sines, length, start, static_cast<T*>(attended), args)
+#define ESPARSE_BODY(T, FEATURES, SHARED, CLUSTER)                                          \
+  __shared__ AttentionShared<T, FEATURES, SHARED, CLUSTER> shared;                          \
+  Gpu gpu;                                                                                  \
+  Attend<Gpu, T, FEATURES, SHARED, CLUSTER>(gpu, shared, static_cast<const T*>(projected),  \
+                                            static_cast<T*>(keys), static_cast<T*>(values), \
+                                            cosines, sines, length, start, places,          \
+                                            static_cast<T*>(attended), args)
 #else
 #define ESPARSE_CLUSTER(BLOCKS)
 #define ESPARSE_BODY(T, FEATURES, SHARED, CLUSTER) __trap()
@@ -95,20 +96,21 @@ struct Gpu {
 // The instances are extern "C", so that a loaded cubin can be asked for them.
 #define ESPARSE_ATTEND_NAME(NAME, FEATURES, SHARED, CLUSTER) \
   esparse_attend_##NAME##_##FEATURES##_##SHARED##_##CLUSTER
-#define ESPARSE_ATTEND(NAME, T, FEATURES, SHARED, CLUSTER)                                     \
-  extern "C" __global__ void ESPARSE_CLUSTER(CLUSTER)                                          \
-      __launch_bounds__(kAttentionThreads, SHARED <= 2 ? 2 : 1)                                \
-          ESPARSE_ATTEND_NAME(NAME, FEATURES, SHARED, CLUSTER)(                                \
-              const void* projected, void* keys, void* values, const float* cosines,           \
-              const float* sines, const int32_t* length, const int32_t* start, void* attended, \
-              const __grid_constant__ AttentionArgs args) {                                    \
-    ESPARSE_BODY(T, FEATURES, SHARED, CLUSTER);                                                \
+#define ESPARSE_ATTEND(NAME, T, FEATURES, SHARED, CLUSTER)                                        \
+  extern "C" __global__ void ESPARSE_CLUSTER(CLUSTER) __launch_bounds__(                          \
+      kAttentionThreads<CLUSTER>, (SHARED <= 2 ? 512 : 256) / kAttentionThreads<CLUSTER>)         \
+      ESPARSE_ATTEND_NAME(NAME, FEATURES, SHARED, CLUSTER)(                                       \
+          const void* projected, void* keys, void* values, const float* cosines,                  \
+          const float* sines, const int32_t* length, const int32_t* start, const int32_t* places, \
+          void* attended, const __grid_constant__ AttentionArgs args) {                           \
+    ESPARSE_BODY(T, FEATURES, SHARED, CLUSTER);                                                   \
   }
 #define ESPARSE_INSTANCE(NAME, DTYPE, FEATURES, SHARED, CLUSTER) \
   {DTYPE,                                                        \
    FEATURES,                                                     \
    SHARED,                                                       \
    CLUSTER,                                                      \
+   kAttentionThreads<CLUSTER>,                                   \
    ESPARSE_ATTEND_NAME(NAME, FEATURES, SHARED, CLUSTER),         \
    "esparse_attend_" #NAME "_" #FEATURES "_" #SHARED "_" #CLUSTER},
 
@@ -132,10 +134,11 @@ ESPARSE_FOR_FEATURES(ESPARSE_ATTEND, bfloat16, __nv_bfloat16)
 namespace {
 
 using AttendFunction = void (*)(const void*, void*, void*, const float*, const float*,
-                                const int32_t*, const int32_t*, void*, AttentionArgs);
+                                const int32_t*, const int32_t*, const int32_t*, void*,
+                                AttentionArgs);
 struct Instance {
   Dtype dtype;
-  int features, shared, cluster;
+  int features, shared, cluster, threads;
   AttendFunction function;
   const char* name;
 };
@@ -198,6 +201,7 @@ cudaError_t Prepare(const Attention& attention, Start start, AttentionLaunch* la
   args.width = static_cast<int>((attention.heads + 2 * attention.kv_heads) * attention.features);
   args.angle_stride = attention.angle_rows == 1 ? 0 : static_cast<int>(attention.features / 2);
   args.has_start = attention.start != nullptr;
+  args.has_places = attention.places != nullptr;
   args.prefetch = start == Start::kPrefetch;
   // Logits in base 2, whose power is one instruction.
   args.scale =
@@ -205,11 +209,14 @@ cudaError_t Prepare(const Attention& attention, Start start, AttentionLaunch* la
   launch->name = instance->name;
   launch->function = reinterpret_cast<const void*>(instance->function);
   launch->grid = static_cast<int>(matrices) * cluster;
-  launch->threads = kAttentionThreads;
+  launch->threads = instance->threads;
   // A pointer that is not followed is none that is missing.
-  const void* any_start = attention.start == nullptr ? attention.length : attention.start;
-  launch->pointers = {attention.projected, attention.keys,   attention.values, attention.cosines,
-                      attention.sines,     attention.length, any_start,        attention.attended};
+  const auto any = [&](const int32_t* given) {
+    return given == nullptr ? attention.length : given;
+  };
+  launch->pointers = {attention.projected,  attention.keys,        attention.values,
+                      attention.cosines,    attention.sines,       attention.length,
+                      any(attention.start), any(attention.places), attention.attended};
   static_assert(sizeof(AttentionArgs) == kAttentionArgsBytes);
   std::memcpy(launch->args.data(), &args, sizeof(args));
   return cudaSuccess;
@@ -228,9 +235,9 @@ cudaError_t Launch(const Attention& attention, Start start, cudaStream_t stream)
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = start == Start::kAlone ? 0 : 1;
-  void* parameters[9];
+  void* parameters[std::tuple_size_v<decltype(launch.pointers)> + 1];
   for (size_t i = 0; i < launch.pointers.size(); ++i) parameters[i] = &launch.pointers[i];
-  parameters[8] = launch.args.data();
+  parameters[launch.pointers.size()] = launch.args.data();
   return cudaLaunchKernelExC(&config, launch.function, parameters);
 }
 

@@ -27,6 +27,8 @@ struct Attention {
   const float* sines;
   const int32_t* length;  // how many slots are filled, of all rows
   const int32_t* start;   // [batch], the first slot of each row; null: 0
+  const int32_t* places;  // [heads * features], where each feature of a row goes, each of them
+                          // once; null: to its own
   void* attended;         // [batch][heads * features]
   int64_t batch, heads, kv_heads, features, slots, angle_rows;
   Dtype dtype;
@@ -38,14 +40,14 @@ bool AttentionFits(int64_t heads, int64_t kv_heads, int64_t features);
 // Whether the current device has clusters, and this build machine code or PTX that uses them.
 bool AttentionRuns();
 
-constexpr int kAttentionArgsBytes = 28;
+constexpr int kAttentionArgsBytes = 32;
 
 // The kernel of an attention, for those who queue it in another way.
 struct AttentionLaunch {
   const char* name;      // in the cubin of attention.cu
   const void* function;  // for the CUDA runtime
   int grid, threads;
-  std::array<const void*, 8> pointers;         // the first parameters
+  std::array<const void*, 9> pointers;         // the first parameters
   std::array<char, kAttentionArgsBytes> args;  // the last one
 };
 cudaError_t Prepare(const Attention& attention, Start start, AttentionLaunch* launch);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
+#include <tuple>
 
 #include "cuda/attention.h"
 #include "cuda/errors.h"
@@ -48,10 +49,12 @@ ffi::Error CheckAligned(const char* name, const ffi::AnyBuffer& buffer) {
 
 // The attention that a call is about, or what is wrong with the call.
 ffi::Error MakeAttention(const ffi::RemainingArgs& arguments, const ffi::RemainingRets& results,
-                         int32_t heads, Attention* attention) {
-  if ((arguments.size() != 6 && arguments.size() != 7) || results.size() != 3) {
-    return InvalidArgument("the attention of a decode step takes 6 or 7 arguments and 3 results; ",
-                           "got ", arguments.size(), " and ", results.size(), ".");
+                         int32_t heads, bool has_start, bool has_places, Attention* attention) {
+  const size_t expected = size_t{6} + has_start + has_places;
+  if (arguments.size() != expected || results.size() != 3) {
+    return InvalidArgument("this attention of a decode step takes ", expected,
+                           " arguments and 3 results; got ", arguments.size(), " and ",
+                           results.size(), ".");
   }
   const auto argument = [&](size_t i) { return arguments.get<ffi::AnyBuffer>(i); };
   const auto result = [&](size_t i) { return results.get<ffi::AnyBuffer>(i); };
@@ -114,10 +117,15 @@ ffi::Error MakeAttention(const ffi::RemainingArgs& arguments, const ffi::Remaini
                            "the results must be the arguments (input_output_aliases).");
   }
   *attention = {};
-  if (arguments.size() == 7) {
+  if (has_start) {
     ESPARSE_ASSIGN_OR_RETURN(start, argument(6));
     ESPARSE_RETURN_IF_ERROR(CheckShape("start", start, ffi::S32, {batch}));
     attention->start = static_cast<const int32_t*>(start.untyped_data());
+  }
+  if (has_places) {
+    ESPARSE_ASSIGN_OR_RETURN(places, argument(has_start ? 7 : 6));
+    ESPARSE_RETURN_IF_ERROR(CheckShape("places", places, ffi::S32, {heads * features}));
+    attention->places = static_cast<const int32_t*>(places.untyped_data());
   }
   attention->projected = projected.untyped_data();
   attention->keys = keys_to->untyped_data();
@@ -137,9 +145,10 @@ ffi::Error MakeAttention(const ffi::RemainingArgs& arguments, const ffi::Remaini
 }
 
 ffi::Error AttendImpl(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::RemainingRets results,
-                      int32_t heads, bool prefetch) {
+                      int32_t heads, bool has_start, bool has_places, bool prefetch) {
   Attention attention;
-  ESPARSE_RETURN_IF_ERROR(MakeAttention(arguments, results, heads, &attention));
+  ESPARSE_RETURN_IF_ERROR(
+      MakeAttention(arguments, results, heads, has_start, has_places, &attention));
   if (!AttentionRuns()) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
                       "the attention of a decode step needs a GPU of compute capability 9.0 or "
@@ -157,9 +166,11 @@ ffi::Error AttendImpl(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Re
 
 #ifdef ESPARSE_CUBINS
 ffi::Error RecordAttendImpl(record::Recorder recorder, ffi::RemainingArgs arguments,
-                            ffi::RemainingRets results, int32_t heads, bool prefetch) {
+                            ffi::RemainingRets results, int32_t heads, bool has_start,
+                            bool has_places, bool prefetch) {
   Attention attention;
-  ESPARSE_RETURN_IF_ERROR(MakeAttention(arguments, results, heads, &attention));
+  ESPARSE_RETURN_IF_ERROR(
+      MakeAttention(arguments, results, heads, has_start, has_places, &attention));
   bool runs = false;
   ESPARSE_RETURN_IF_ERROR(ToError(CubinsRun(&runs), "asking for the compute capability"));
   if (!runs) return record::RequestCapture(recorder);
@@ -167,13 +178,14 @@ ffi::Error RecordAttendImpl(record::Recorder recorder, ffi::RemainingArgs argume
   ESPARSE_RETURN_IF_ERROR(
       ToError(Prepare(attention, prefetch ? Start::kPrefetch : Start::kEarly, &launch),
               "the attention of a decode step"));
-  record::KernelArg list[9];
-  for (size_t i = 0; i < launch.pointers.size(); ++i) list[i] = record::Pointer(launch.pointers[i]);
-  list[8] = {launch.args.data(), kAttentionArgsBytes, record::ArgType::kHostValue};
+  constexpr size_t kPointers = std::tuple_size_v<decltype(launch.pointers)>;
+  record::KernelArg list[kPointers + 1];
+  for (size_t i = 0; i < kPointers; ++i) list[i] = record::Pointer(launch.pointers[i]);
+  list[kPointers] = {launch.args.data(), kAttentionArgsBytes, record::ArgType::kHostValue};
   const Cubin cubin = AttentionCubin();
   return record::AddOrUpdate(
       recorder, {launch.name, cubin.data, cubin.size, launch.grid, launch.threads, /*shared=*/0},
-      {list, 9});
+      {list, kPointers + 1});
 }
 #endif  // ESPARSE_CUBINS
 
@@ -185,6 +197,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeAttention, AttendImpl,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<int32_t>("heads")
+                                  .Attr<bool>("has_start")
+                                  .Attr<bool>("has_places")
                                   .Attr<bool>("prefetch"),
                               {ffi::Traits::kCmdBufferCompatible});
 
@@ -195,6 +209,8 @@ XLA_FFI_DEFINE_HANDLER(kRecordAttend, RecordAttendImpl,
                            .RemainingArgs()
                            .RemainingRets()
                            .Attr<int32_t>("heads")
+                           .Attr<bool>("has_start")
+                           .Attr<bool>("has_places")
                            .Attr<bool>("prefetch"),
                        {ffi::Traits::kCmdBufferCompatible});
 

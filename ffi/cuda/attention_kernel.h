@@ -8,6 +8,8 @@
 // own (greatest logit, sum, weighted values), as the slots pass through its registers; they are
 // merged inside the warp, the block and the cluster. The new token's key and value do not pass
 // through the cache: the first group of the first block begins with them.
+//
+// The result may be written in another order of its features, that of the product behind.
 #ifndef ESPARSE_FFI_CUDA_ATTENTION_KERNEL_H_
 #define ESPARSE_FFI_CUDA_ATTENTION_KERNEL_H_
 
@@ -15,12 +17,15 @@
 
 namespace esparse::cuda {
 
-constexpr int kAttentionThreads = 256;
+// Threads of a block. Where clusters are small there are many blocks: then smaller ones, more of
+// which are in different stages at once.
+template <int kCluster>
+constexpr int kAttentionThreads = kCluster == 8 ? 256 : 128;
 
 struct AttentionArgs {
   int kv_heads, slots, width;  // width: of projected, in numbers
   int angle_stride;            // between the angles of two rows: 0 where all have the same
-  int has_start, prefetch;
+  int has_start, has_places, prefetch;
   float scale;  // of the logits, in base 2
 };
 
@@ -33,11 +38,11 @@ struct alignas(16) Eight {
 };
 
 // What a block has in shared memory, for kShared heads.
-template <typename T, int kFeatures, int kShared>
-struct AttentionShared {
-  static constexpr int kWarps = kAttentionThreads / 32;
+template <typename T, int kFeatures, int kShared, int kCluster>
+struct alignas(16) AttentionShared {
+  static constexpr int kWarps = kAttentionThreads<kCluster> / 32;
   float query[kShared][kFeatures];  // scaled
-  T fresh_key[kFeatures], fresh_value[kFeatures];
+  alignas(16) T fresh_key[kFeatures], fresh_value[kFeatures];
   // Weighted values, then the greatest logit and the sum.
   float warps[kWarps][kShared][kFeatures + 2];
   float block[kShared][kFeatures + 2];
@@ -45,14 +50,15 @@ struct AttentionShared {
 
 // kCluster blocks share a head.
 template <typename Device, typename T, int kFeatures, int kShared, int kCluster>
-ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared>& shared,
+ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared, kCluster>& shared,
                            const T* projected, T* keys, T* values, const float* cosines,
                            const float* sines, const int32_t* length, const int32_t* start,
-                           T* attended, const AttentionArgs& p) {
+                           const int32_t* places, T* attended, const AttentionArgs& p) {
+  constexpr int kThreads = kAttentionThreads<kCluster>;
   constexpr int kLanes = kFeatures / 8;                            // that share a slot
-  constexpr int kGroups = kAttentionThreads / kLanes;              // slots that are read at once
+  constexpr int kGroups = kThreads / kLanes;                       // slots that are read at once
   constexpr int kAhead = kShared == 1 ? 8 : kShared == 8 ? 2 : 4;  // slots a group has under way
-  constexpr int kWarps = kAttentionThreads / 32;
+  constexpr int kWarps = kThreads / 32;
   constexpr int kHalf = kFeatures / 2;
   const int thread = device.Thread(), warp = thread / 32, group = thread / kLanes;
   const int feature = thread % kLanes * 8;
@@ -60,20 +66,23 @@ ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared
   const int row = matrix / p.kv_heads, head = matrix % p.kv_heads;
 
   if (!p.prefetch) device.WaitForPrevious();
-  // The new token's slot, and this block's part of the filled ones; false if it was that before.
-  int place = -1, begin = -1, end = -1;
-  auto cut = [&] {
-    const int was[] = {place, begin, end};
-    const int filled = device.Load(length);
-    place = filled < 0 ? 0 : filled < p.slots ? filled : p.slots - 1;
-    int first = p.has_start ? device.Load(start + row) : 0;
-    first = first < 0 ? 0 : first > place ? place : first;
+  // The filled slots of this row, and of them the new token's slot and this block's part.
+  struct Slots {
+    int filled, first;
+  };
+  auto look = [&]() -> Slots {
+    return {device.Load(length), p.has_start ? device.Load(start + row) : 0};
+  };
+  int place, begin, end;
+  auto cut = [&](const Slots& slots) {
+    place = slots.filled < 0 ? 0 : slots.filled < p.slots ? slots.filled : p.slots - 1;
+    const int first = slots.first < 0 ? 0 : slots.first > place ? place : slots.first;
     const int part = (place - first + kCluster - 1) / kCluster;
     begin = first + rank * part;
     end = begin + part < place ? begin + part : place;
-    return place != was[0] || begin != was[1] || end != was[2];
   };
-  cut();
+  const Slots early = look();
+  cut(early);
   const int64_t at = static_cast<int64_t>(matrix) * p.slots * kFeatures + feature;
 
   Eight key[kAhead], value[kAhead];
@@ -90,42 +99,65 @@ ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared
   for (int u = 0; u < kAhead; ++u) key[u] = value[u] = Eight{};  // slots that are not there
   request(begin + group);
   device.LetNextStart();
+  // How far the cache is filled is counted in the same computation: asked again with the queries.
+  Slots now = early;
   if (p.prefetch) {
     device.WaitForPrevious();
-    // How far the cache is filled is counted in the same computation.
-    if (cut()) request(begin + group);
+    now = look();
   }
 
-  // The queries of this head, and the new key and value.
+  // Where this thread's part of the result goes.
+  constexpr int kWriters = kCluster * kThreads;
+  constexpr int kWritten = (kShared * kFeatures + kWriters - 1) / kWriters;
+  const int writer = rank * kThreads + thread;
+  int to[kWritten];
+  ESPARSE_UNROLL
+  for (int w = 0; w < kWritten; ++w) {
+    const int i = head * kShared * kFeatures + writer + w * kWriters;
+    const bool there = writer + w * kWriters < kShared * kFeatures;
+    to[w] = there && p.has_places ? device.Load(places + i) : i;
+  }
+
+  // The queries of this head, and for the first block the new key and value.
   const T* of_row = projected + static_cast<int64_t>(row) * p.width;
   const float* cosine = cosines + row * p.angle_stride;
   const float* sine = sines + row * p.angle_stride;
-  for (int i = thread; i < kShared * kHalf; i += kAttentionThreads) {
+  for (int i = thread; i < (kShared + (rank == 0)) * kHalf; i += kThreads) {
     const int r = i / kHalf, pair = i % kHalf;
-    const T* query = of_row + (head * kShared + r) * kFeatures;
-    const float a = device.Widen(query[pair]), b = device.Widen(query[pair + kHalf]);
+    const bool fresh = r == kShared;
+    const T* from = of_row + (fresh ? p.kv_heads * kShared + head : head * kShared + r) * kFeatures;
+    const T* value_from = from + (fresh ? p.kv_heads * kFeatures : 0);
+    const float a = device.Widen(from[pair]), b = device.Widen(from[pair + kHalf]);
     const float c = cosine[pair], s = sine[pair];
+    const T low_value = value_from[pair], high_value = value_from[pair + kHalf];
     // Rounded as a query of its own would be.
-    shared.query[r][pair] = p.scale * device.Widen(device.template Narrow<T>(a * c - b * s));
-    shared.query[r][pair + kHalf] =
-        p.scale * device.Widen(device.template Narrow<T>(b * c + a * s));
-  }
-  if (rank == 0) {
-    const T* new_key = of_row + (p.kv_heads * kShared + head) * kFeatures;
-    const T* new_value = new_key + p.kv_heads * kFeatures;
-    T* key_to = keys + (static_cast<int64_t>(matrix) * p.slots + place) * kFeatures;
-    T* value_to = values + (static_cast<int64_t>(matrix) * p.slots + place) * kFeatures;
-    for (int pair = thread; pair < kHalf; pair += kAttentionThreads) {
-      const float a = device.Widen(new_key[pair]), b = device.Widen(new_key[pair + kHalf]);
-      const float c = cosine[pair], s = sine[pair];
-      key_to[pair] = shared.fresh_key[pair] = device.template Narrow<T>(a * c - b * s);
-      key_to[pair + kHalf] = shared.fresh_key[pair + kHalf] =
-          device.template Narrow<T>(b * c + a * s);
-      value_to[pair] = shared.fresh_value[pair] = new_value[pair];
-      value_to[pair + kHalf] = shared.fresh_value[pair + kHalf] = new_value[pair + kHalf];
+    const T low = device.template Narrow<T>(a * c - b * s);
+    const T high = device.template Narrow<T>(b * c + a * s);
+    if (fresh) {
+      shared.fresh_key[pair] = low;
+      shared.fresh_key[pair + kHalf] = high;
+      shared.fresh_value[pair] = low_value;
+      shared.fresh_value[pair + kHalf] = high_value;
+    } else {
+      shared.query[r][pair] = p.scale * device.Widen(low);
+      shared.query[r][pair + kHalf] = p.scale * device.Widen(high);
     }
   }
+  if (now.filled != early.filled || now.first != early.first) {
+    cut(now);
+    request(begin + group);
+  }
   device.SyncBlock();
+  // Into the cache, by the warp that has the least to do.
+  if (rank == 0 && warp == kWarps - 1) {
+    const int64_t slot_at = (static_cast<int64_t>(matrix) * p.slots + place) * kFeatures;
+    for (int i = thread % 32; i < 2 * kLanes; i += 32) {
+      const T* fresh = i < kLanes ? shared.fresh_key : shared.fresh_value;
+      T* into = (i < kLanes ? keys : values) + slot_at;
+      const int f = i % kLanes * 8;
+      *reinterpret_cast<Eight*>(into + f) = *reinterpret_cast<const Eight*>(fresh + f);
+    }
+  }
 
   float query[kShared][8], most[kShared], sum[kShared], weighted[kShared][8];
   ESPARSE_UNROLL
@@ -235,7 +267,7 @@ ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared
   }
   device.SyncBlock();
   // the block,
-  for (int i = thread; i < kShared * kFeatures; i += kAttentionThreads) {
+  for (int i = thread; i < kShared * kFeatures; i += kThreads) {
     const int r = i / kFeatures, f = i % kFeatures;
     float now = kNoLogit, all = 0, total = 0;
     for (int w = 0; w < kWarps; ++w) {
@@ -254,9 +286,11 @@ ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared
   }
   // and the cluster, whose blocks share that work.
   device.SyncCluster();
-  T* to = attended + (static_cast<int64_t>(row) * p.kv_heads + head) * kShared * kFeatures;
-  for (int i = rank * kAttentionThreads + thread; i < kShared * kFeatures;
-       i += kCluster * kAttentionThreads) {
+  T* result = attended + static_cast<int64_t>(row) * p.kv_heads * kShared * kFeatures;
+  ESPARSE_UNROLL
+  for (int w = 0; w < kWritten; ++w) {
+    const int i = writer + w * kWriters;
+    if (i >= kShared * kFeatures) break;
     const int r = i / kFeatures, f = i % kFeatures;
     float now = kNoLogit, all = 0, total = 0;
     for (int k = 0; k < kCluster; ++k) {
@@ -268,7 +302,7 @@ ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared
       all += device.LoadFrom(k, &shared.block[r][kFeatures + 1]) * shrink;
       total += device.LoadFrom(k, &shared.block[r][f]) * shrink;
     }
-    to[i] = device.template Narrow<T>(total / all);
+    result[to[w]] = device.template Narrow<T>(total / all);
   }
   device.SyncCluster();  // nobody leaves while its part is read
 }

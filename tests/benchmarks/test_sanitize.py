@@ -30,7 +30,7 @@ def sanitize(module, monkeypatch):
     return module
 
 
-def plain(projected, keys, values, cosines, sines, length, start, *, heads, prefetch):
+def plain(projected, keys, values, cosines, sines, length, start, places, *, heads, prefetch):
     """`attend`, by XLA's products in float32."""
     del prefetch
     rows, slots, features = projected.shape[0], keys.shape[1], keys.shape[2]
@@ -52,7 +52,10 @@ def plain(projected, keys, values, cosines, sines, length, start, *, heads, pref
         held.at[:, place].set(new[:, place].astype(held.dtype))
         for held, new in ((keys, after.keys), (values, after.values))
     )
-    return attended.reshape(rows, -1).astype(projected.dtype), keys, values
+    attended = attended.reshape(rows, -1).astype(projected.dtype)
+    if places is not None:
+        attended = jnp.zeros_like(attended).at[:, places].set(attended)
+    return attended, keys, values
 
 
 def test_norms_are_compared(sanitize, monkeypatch):
@@ -119,8 +122,8 @@ def test_mistakes_are_found(sanitize, monkeypatch, found):
     monkeypatch.setattr(sanitize._ffi_attention, "_SHARED", (1,))
     monkeypatch.setattr(sanitize._ffi_attention, "_DTYPES", ("float16",))
 
-    def attend(projected, keys, values, cosines, sines, length, start, **static):
-        results = plain(projected, keys, values, cosines, sines, length, start, **static)
+    def attend(projected, keys, values, cosines, sines, length, start, places, **static):
+        results = plain(projected, keys, values, cosines, sines, length, start, places, **static)
         return MISTAKES[found](*results, jnp.minimum(length, keys.shape[1] - 1))
 
     monkeypatch.setattr(sanitize._ffi_attention, "attend", attend)
@@ -133,7 +136,7 @@ def test_an_attention_to_padding_is_found(sanitize, monkeypatch):
 
     def attend(*given, **static):
         start = None if given[6] is None else jnp.zeros_like(given[6])
-        return plain(*given[:6], start, **static)
+        return plain(*given[:6], start, *given[7:], **static)
 
     monkeypatch.setattr(sanitize._ffi_attention, "attend", attend)
     with pytest.raises(SystemExit, match="an attention is"):

@@ -106,9 +106,9 @@ def on_host(tmp_path_factory):
         (2, 1, 1, 64, 50, 30, [-3, 0], 1),
     ],
 )
-@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize(("prefetch", "ordered"), [(False, False), (True, False), (True, True)])
 def test_the_kernels_source_computes_the_attention(
-    on_host, batch, kv_heads, shared, features, slots, length, start, cluster, prefetch
+    on_host, batch, kv_heads, shared, features, slots, length, start, cluster, prefetch, ordered
 ):
     """Whatever stands where its inputs will be, until the kernel before has ended."""
     config = _config(kv_heads, shared, features)
@@ -119,7 +119,10 @@ def test_the_kernels_source_computes_the_attention(
     cosines, sines = (np.array(x, np.float32).reshape(-1, features // 2) for x in angles)
     arrays = [np.array(x) for x in (projected, cache.keys, cache.values, cosines, sines)]
     arrays += [None if start is None else np.asarray(start, np.int32)]
-    attended = np.full((batch, kv_heads * shared * features), np.nan, np.float16)
+    width = kv_heads * shared * features
+    places = np.random.default_rng(1).permutation(width).astype(np.int32) if ordered else None
+    arrays += [places]
+    attended = np.full((batch, width), np.nan, np.float16)
 
     def pointer(array):
         return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
@@ -130,7 +133,8 @@ def test_the_kernels_source_computes_the_attention(
             int(prefetch), length, early_length, *map(pointer, arrays), pointer(attended),
         )  # fmt: skip
         assert status == 0
-        _check(attended, arrays[1:3], want, wanted, length, np.finfo(np.float16).eps)
+        natural = attended[:, places] if ordered else attended
+        _check(natural, arrays[1:3], want, wanted, length, np.finfo(np.float16).eps)
         attended[...] = np.nan
 
 
@@ -151,6 +155,16 @@ def test_without_a_gpu_it_is_the_plain_attention():
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_its_result_goes_to_the_places_that_are_named():
+    config = _config(2, 2, 64)
+    projected, cache = _operands(config, 3, 20, 7, None)
+    cache = cache._replace(keys=jnp.nan_to_num(cache.keys), values=jnp.nan_to_num(cache.values))
+    natural, _ = decode_attention(config, projected, cache)
+    order = jax.random.permutation(jax.random.key(1), natural.shape[1])
+    got, _ = decode_attention(config, projected, cache, places=jnp.argsort(order))
+    np.testing.assert_array_equal(got, natural[:, order])
+
+
 @pytest.mark.skipif(not native.has_cuda(), reason="the extension has no CUDA part")
 def test_it_lowers_for_cuda_to_a_call_that_writes_the_cache_in_place(monkeypatch):
     monkeypatch.setattr(_ffi_attention, "_runs", lambda: True)
@@ -158,10 +172,13 @@ def test_it_lowers_for_cuda_to_a_call_that_writes_the_cache_in_place(monkeypatch
     config = _config(2, 4, 128)
     for start in (None, [0, 1]):
         projected, cache = _operands(config, 2, 20, 7, start)
-        step = jax.jit(functools.partial(decode_attention, config, prefetch=True))
+        places = jnp.arange(8 * 128, dtype=jnp.int32)
+        step = jax.jit(functools.partial(decode_attention, config, places=places, prefetch=True))
         text = step.trace(projected, cache).lower(lowering_platforms=("cuda",)).as_text()
         assert native.extension().CUDA_ATTEND_TARGET in text
         assert text.count("#stablehlo.output_operand_alias<") == 2
+        assert f"has_start = {str(start is not None).lower()}" in text
+        assert "has_places = true" in text
         assert "dot_general" not in text
         on_cpu = step.trace(projected, cache).lower(lowering_platforms=("cpu",)).as_text()
         assert "dot_general" in on_cpu
@@ -210,11 +227,15 @@ needs_kernel = pytest.mark.skipif(
     [(1, 2, 300, 217, None), (1, 8, 2100, 2048, [5]), (5, 32, 90, 77, [0, 1, 76, 77, 30])],
 )
 def test_the_kernel(batch, kv_heads, shared, features, slots, length, start, dtype):
+    """Its result in an order of its own where rows have starts."""
     config = _config(kv_heads, shared, features)
     projected, cache = _operands(config, batch, slots, length, start, dtype)
     want, wanted = jax.jit(functools.partial(_plain, config))(projected, cache)
+    places = None if start is None else jax.random.permutation(jax.random.key(0), want.shape[1])
     step = jax.jit(functools.partial(decode_attention, config), donate_argnums=1)
-    got, written = step(projected, cache)
+    got, written = step(projected, cache, places=places)
+    if places is not None:
+        got = got[:, places]
     rounding = float(jnp.finfo(dtype).eps)
     _check(got, (written.keys, written.values), want, wanted, length, rounding)
     assert int(written.length) == length + 1

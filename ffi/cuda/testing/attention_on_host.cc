@@ -74,6 +74,7 @@ struct Cluster {
   int64_t steps = 0;                      // arrivals and ends so far
   std::function<void()> previous;         // what the kernel before writes, at its end
   std::function<void(Fiber*)> body;
+  int block_threads = 0;
 };
 
 void Fiber::Meet(Meeting* meeting) {
@@ -91,7 +92,7 @@ int Rank(const Fiber& fiber) {
 }
 
 float Fiber::Exchange(float x, int offset) {
-  const int me = Rank(*this) * kAttentionThreads + thread;
+  const int me = Rank(*this) * cluster->block_threads + thread;
   Meeting* warp = &cluster->warps[me / kWarpThreads];
   cluster->exchanged[me] = x;
   Meet(warp);
@@ -126,23 +127,24 @@ void Enter(unsigned high, unsigned low) {
 }
 
 // False where threads wait for others that never come.
-bool Run(int first_block, int blocks, size_t shared_bytes, std::function<void()> previous,
-         std::function<void(Fiber*)> body) {
+bool Run(int first_block, int blocks, int block_threads, size_t shared_bytes,
+         std::function<void()> previous, std::function<void(Fiber*)> body) {
   Cluster cluster;
   cluster.body = std::move(body);
   cluster.previous = std::move(previous);
-  cluster.running.assign(blocks, kAttentionThreads);
-  const int threads = blocks * kAttentionThreads;
+  cluster.block_threads = block_threads;
+  cluster.running.assign(blocks, cluster.block_threads);
+  const int threads = blocks * cluster.block_threads;
   cluster.exchanged.resize(threads);
   cluster.warps.assign(threads / kWarpThreads, {kWarpThreads});
-  cluster.blocks.assign(blocks, {kAttentionThreads});
+  cluster.blocks.assign(blocks, {cluster.block_threads});
   cluster.all.expected = threads;
   cluster.shared.assign(blocks, std::vector<char>(shared_bytes, '\x7f'));  // what memory may hold
   for (int i = 0; i < threads; ++i) {
     auto fiber = std::make_unique<Fiber>();
     fiber->cluster = &cluster;
-    fiber->block = first_block + i / kAttentionThreads;
-    fiber->thread = i % kAttentionThreads;
+    fiber->block = first_block + i / cluster.block_threads;
+    fiber->thread = i % cluster.block_threads;
     fiber->stack = std::make_unique<char[]>(kStackBytes);
     getcontext(&fiber->context);
     fiber->context.uc_stack.ss_sp = fiber->stack.get();
@@ -173,8 +175,9 @@ struct Given {
 
 template <int kFeatures, int kShared, int kCluster>
 bool AttendAll(const Given& given, int32_t early_length, void* keys, void* values,
-               const int32_t* start, void* attended, const AttentionArgs& args, int matrices) {
-  using Shared = AttentionShared<_Float16, kFeatures, kShared>;
+               const int32_t* start, const int32_t* places, void* attended,
+               const AttentionArgs& args, int matrices) {
+  using Shared = AttentionShared<_Float16, kFeatures, kShared, kCluster>;
   for (int matrix = 0; matrix < matrices; ++matrix) {
     Given seen = {std::vector<char>(given.projected.size(), '\xff'),
                   std::vector<char>(given.cosines.size(), '\xff'),
@@ -186,15 +189,16 @@ bool AttendAll(const Given& given, int32_t early_length, void* keys, void* value
       seen.length = given.length;
     };
     const bool ended =
-        Run(matrix * kCluster, kCluster, sizeof(Shared), previous, [&](Fiber* fiber) {
-          auto* shared = reinterpret_cast<Shared*>(fiber->cluster->shared[Rank(*fiber)].data());
-          Attend<Fiber, _Float16, kFeatures, kShared, kCluster>(
-              *fiber, *shared, reinterpret_cast<const _Float16*>(seen.projected.data()),
-              static_cast<_Float16*>(keys), static_cast<_Float16*>(values),
-              reinterpret_cast<const float*>(seen.cosines.data()),
-              reinterpret_cast<const float*>(seen.sines.data()), &seen.length, start,
-              static_cast<_Float16*>(attended), args);
-        });
+        Run(matrix * kCluster, kCluster, kAttentionThreads<kCluster>, sizeof(Shared), previous,
+            [&](Fiber* fiber) {
+              auto* shared = reinterpret_cast<Shared*>(fiber->cluster->shared[Rank(*fiber)].data());
+              Attend<Fiber, _Float16, kFeatures, kShared, kCluster>(
+                  *fiber, *shared, reinterpret_cast<const _Float16*>(seen.projected.data()),
+                  static_cast<_Float16*>(keys), static_cast<_Float16*>(values),
+                  reinterpret_cast<const float*>(seen.cosines.data()),
+                  reinterpret_cast<const float*>(seen.sines.data()), &seen.length, start, places,
+                  static_cast<_Float16*>(attended), args);
+            });
     if (!ended) return false;
   }
   return true;
@@ -204,12 +208,13 @@ bool AttendAll(const Given& given, int32_t early_length, void* keys, void* value
 }  // namespace esparse::cuda
 
 // 0, 1 where there is no such instance, or 2 where threads wait for each other for ever. `start`
-// may be null; `early_length` is what stands in the place of `length` until the kernel before has
-// ended.
+// and `places` may be null; `early_length` is what stands in the place of `length` until the kernel
+// before has ended.
 extern "C" __attribute__((visibility("default"))) int esparse_attend_on_host(
     int batch, int kv_heads, int shared, int features, int slots, int angle_rows, int cluster,
     int prefetch, int length, int early_length, const void* projected, void* keys, void* values,
-    const float* cosines, const float* sines, const int32_t* start, void* attended) {
+    const float* cosines, const float* sines, const int32_t* start, const int32_t* places,
+    void* attended) {
   using namespace esparse::cuda;
   AttentionArgs args = {};
   args.kv_heads = kv_heads;
@@ -217,6 +222,7 @@ extern "C" __attribute__((visibility("default"))) int esparse_attend_on_host(
   args.width = (shared + 2) * kv_heads * features;
   args.angle_stride = angle_rows == 1 ? 0 : features / 2;
   args.has_start = start != nullptr;
+  args.has_places = places != nullptr;
   args.prefetch = prefetch;
   args.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(features)));
   const auto bytes = [](const void* from, size_t count) {
@@ -228,7 +234,7 @@ extern "C" __attribute__((visibility("default"))) int esparse_attend_on_host(
                        bytes(cosines, angle_bytes), bytes(sines, angle_bytes), length};
   const auto attend = [&](auto features_constant, auto shared_constant, auto cluster_constant) {
     const bool ended = AttendAll<features_constant, shared_constant, cluster_constant>(
-        given, early_length, keys, values, start, attended, args, batch * kv_heads);
+        given, early_length, keys, values, start, places, attended, args, batch * kv_heads);
     return ended ? 0 : 2;
   };
   using std::integral_constant;
