@@ -4,8 +4,8 @@ Linears that read one input become one, and the channel order of each linear goe
 least:
 
     down          into the rows of gate and up
-    o             into the rows of v, where the order stays inside heads; else one gather of the
-                  attention's output
+    o             into the rows of v, where the order stays inside heads; else the attention of a
+                  decode step writes its output in that order (one gather elsewhere)
     q, k, v and   the product before writes its result a second time in that order (one gather each
     gate, up      where products run one at a time); the residual stream keeps the natural order
 
