@@ -14,6 +14,9 @@ from esparse_jax.models.cache import KVCache, init_cache
 
 # Steps of the device-side loop between two looks of the host at the stop tokens.
 CHUNK = 16
+# A cache has a multiple of so many slots: what is compiled for one prompt then serves others, of
+# about the same length, in all steps but the first.
+SLOTS = 64
 
 
 # The choices of `sample`, static in every jitted step.
@@ -217,7 +220,7 @@ def generate(
         jnp.asarray(tokens),
         jnp.asarray(padding) if padding.any() else None,
         keys[0],
-        max_length=longest + chunks * CHUNK,
+        max_length=-(-(longest + chunks * CHUNK) // SLOTS) * SLOTS,
         **options,
     )
     stops = np.array(sorted(stop_tokens), np.int32)

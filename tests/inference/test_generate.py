@@ -48,6 +48,18 @@ def test_greedy_tokens_are_those_of_the_model_without_a_cache(model, greedy):
         np.testing.assert_array_equal(tokens, expected)
 
 
+def test_steps_are_compiled_once_for_prompts_of_about_one_length(model):
+    generate(model, [[1, 2, 3]], max_new_tokens=COUNT)
+    compiled = decode._cache_size()
+    for length in (1, 4, 20):
+        prompt = list(range(length))
+        (tokens,) = generate(model, [prompt], max_new_tokens=COUNT)
+        whole = jnp.asarray([prompt + tokens.tolist()])
+        expected = np.asarray(model(whole))[0, length - 1 : -1].argmax(axis=-1)
+        np.testing.assert_array_equal(tokens, expected)
+    assert decode._cache_size() == compiled
+
+
 def test_rows_end_before_their_stop_token_and_chunks_are_streamed(model, greedy):
     stop = int(greedy[0][5])
     chunks = []
