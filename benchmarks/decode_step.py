@@ -11,8 +11,9 @@ taking turns in one process.
     chain     o, the MLP, next q/k/v: `sparse_chain`, one a layer; attention is a stand-in,
               v + tanh(q k) / 10, the same in both
     shuffled  as chain, gate and up and q/k/v compressed in channel orders of their own: what the
-              shuffle costs where o keeps its channels inside their heads
-    gathered  as shuffled, and o in a free order: its input is gathered
+              shuffle costs where o keeps its channels inside their heads, or where the attention
+              writes their order
+    gathered  as shuffled, and o in a free order whose input is gathered: before Hopper
 
 - `dense`: XLA's dots, norms and SwiGLU with the dense weights.
 - `2:4`: the weights handed in as arguments of the jit, and said to be so (`prefetch`).

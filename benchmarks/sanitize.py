@@ -6,7 +6,7 @@ Runs itself under each tool. `products`: every instance of a decode step's produ
 both widths, one to four tiles), with all that can be fused to it, in calls alone and in a chain.
 `attentions`, from compute capability 9.0 on: every instance of a decode step's attention (both
 dtypes, both head sizes, all numbers of query heads to a key, all cluster sizes), with and without
-prefetch, and padding with an order of the result. `norms`: every instance of the norm of a prompt's
+padding, and prefetch with an order of the result. `norms`: every instance of the norm of a prompt's
 rows, with all that it may be given. Exit status 1 where a tool reports an error, where a result is
 wrong, or where a part did not run. compute-sanitizer is part of the CUDA toolkit.
 """
@@ -48,7 +48,7 @@ PLANS = [
 # 8, 4 and 1 blocks (ClusterOf in ffi/cuda/attention.cu); a block has more slots than it reads at
 # once.
 KV_HEADS = 4
-CACHES = ((5, 2100), (10, 1100), (40, 300))
+CACHES = ((5, 2100), (18, 1100), (72, 300))
 _THETA = 10000.0
 _ERRORS = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?)")
 # What is printed inside.
@@ -219,7 +219,7 @@ def _steps(dtype: str, features: int) -> list[Step]:
                     random.standard_normal((rows, width), np.float32).astype(jnp.dtype(dtype)),
                     *held,
                     positions[:, None] * _THETA ** (-2 * np.arange(features // 2) / features),
-                    length, start, heads, order if padded else None, prefetch,
+                    length, start, heads, order if prefetch else None, prefetch,
                 )
             )  # fmt: skip
     return steps

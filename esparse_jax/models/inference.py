@@ -29,6 +29,7 @@ from esparse_jax.models.llama import (
     ACTIVATIONS,
     CausalLM,
     LlamaConfig,
+    attends_in_one_kernel,
     decode_attention,
     rotary_attention,
 )
@@ -49,7 +50,7 @@ class InferenceLayer(nnx.Module):
         input_norm, mlp_norm: None where the gain is in the weights that follow.
         qkv_places, mlp_places: Where each channel of the residual stream stands in the order that
             qkv and gate_up read; None for the natural order.
-        o_places: The same for the attention's features and o.
+        o_places: The same for the attention's features and o; None where o has no order.
         qkv_fused: Whether qkv can be the end of a chain.
         mlp_fused: Whether o, gate_up and down can be a chain; gate_up has 8 rows of gate, 8 of up
             and so on then, and otherwise all of gate first.
@@ -78,7 +79,7 @@ class InferenceLayer(nnx.Module):
         self.qkv_fused, self.mlp_fused = qkv_fused, mlp_fused
         self.qkv_places = nnx.data(_places(qkv[0]) if qkv_fused else None)
         self.mlp_places = nnx.data(_places(gate_up[0]) if mlp_fused else None)
-        self.o_places = nnx.data(_places(o) if mlp_fused else None)
+        self.o_places = nnx.data(_places(o) if isinstance(o, SparseLinear) else None)
 
     def project(self, hidden: Float[Array, "row channel"]) -> Projected:
         """Queries, keys and values from the residual stream."""
@@ -102,10 +103,6 @@ class InferenceLayer(nnx.Module):
         key = self.config.num_key_value_heads * self.config.head_dim
         return tuple(jnp.split(projected, (query, query + key), axis=1))
 
-    def chains(self, rows: int) -> bool:
-        """Whether so many rows go through one chain of products behind the attention."""
-        return self.mlp_fused and fused_takes(rows)
-
     def finish(
         self,
         attended: Float[Array, "row feature"],
@@ -120,14 +117,13 @@ class InferenceLayer(nnx.Module):
             attended: The attention's output.
             hidden: The residual stream before the layer.
             following: The next layer.
-            ordered: Whether attended is in the order that o reads, by `o_places`. Only where
-                `chains`.
+            ordered: Whether attended is in the order that o reads, by `o_places`.
 
         Returns:
             The residual stream behind the layer; what `following.project` would give, or None if
             that is still to be computed.
         """
-        if self.chains(hidden.shape[0]):
+        if self.mlp_fused and fused_takes(hidden.shape[0]):
             with_next = following is not None and following.qkv_fused
             hidden, projected = sparse_chain(
                 attended if ordered else self.o.ordered(attended),
@@ -144,7 +140,8 @@ class InferenceLayer(nnx.Module):
                 prefetch=True,
             )
             return hidden, projected if with_next else None
-        hidden, both = self._normed_products(self.o(attended), hidden, self.mlp_norm, self.gate_up)
+        x = self.o.multiply(attended.astype(self.o.dtype)) if ordered else self.o(attended)
+        hidden, both = self._normed_products(x, hidden, self.mlp_norm, self.gate_up)
         down = self.down(self._inner(both))
         if following is None or (following.qkv_fused and fused_takes(hidden.shape[0])):
             return hidden + down, None
@@ -251,7 +248,10 @@ class InferenceModel(CausalLM):
             one_each = seq == 1 and positions is None and cache is not None and not empty
             ordered = False
             if one_each and not isinstance(projected, tuple):
-                ordered = layer.chains(batch)
+                # Elsewhere a gather by o itself costs less.
+                ordered = layer.o_places is not None and attends_in_one_kernel(
+                    self.config, projected, cache
+                )
                 attended, cache = decode_attention(
                     self.config,
                     projected,

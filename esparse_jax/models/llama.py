@@ -594,6 +594,15 @@ def rotary_attention(
     return attended.reshape(batch, seq, -1), cache
 
 
+def attends_in_one_kernel(
+    config: "LlamaConfig", projected: Float[Array, "batch projected_feature"], cache: LayerCache
+) -> bool:
+    """Whether `decode_attention` is one kernel for these, on this machine's GPUs."""
+    return projected.dtype == cache.keys.dtype == cache.values.dtype and attend_takes(
+        projected.dtype, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    )
+
+
 def decode_attention(
     config: "LlamaConfig",
     projected: Float[Array, "batch projected_feature"],
@@ -654,8 +663,7 @@ def decode_attention(
         )  # fmt: skip
 
     operands = (projected, cache.keys, cache.values, cache.length, cache.start, places)
-    same = projected.dtype == cache.keys.dtype == cache.values.dtype
-    if same and attend_takes(projected.dtype, heads, kv_heads, features):
+    if attends_in_one_kernel(config, projected, cache):
         results = jax.lax.platform_dependent(*operands, cuda=kernel, default=plain)
     else:
         results = plain(*operands)

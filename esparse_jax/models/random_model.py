@@ -36,7 +36,8 @@ def random_model(
         config: Of the model; the dtype of weights and products is its `dtype`.
         form: As for `fusion.inference_model`; or "plain", a `LlamaForCausalLM` with dense linears.
         shuffle: "within": the order of the attention output projection stays inside its heads;
-            "free": it does not, so prompts cost a gather; "none": natural orders everywhere.
+            "free": it does not, so its input is gathered, from Hopper on that of prompts alone;
+            "none": natural orders everywhere.
         seed: Of the weights.
 
     Raises:

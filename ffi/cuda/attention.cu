@@ -156,13 +156,14 @@ const Instance* Find(Dtype dtype, int64_t heads, int64_t kv_heads, int64_t featu
   return nullptr;
 }
 
-// Blocks for a head of a row: as few as fill the device, for merging them costs. More than 8 are
-// not for every device.
+// Blocks for a head of a row: as few as fill the device, for merging them costs; not quite 256
+// threads for every multiprocessor do. More than 8 are not for every device.
 int ClusterOf(int64_t matrices, int multiprocessors) {
-  for (int cluster : {1, 4}) {
-    if (matrices * cluster >= multiprocessors) return cluster;
-  }
-  return 8;
+  constexpr int kEnough = 224;
+  const auto fills = [&](int cluster, int threads) {
+    return matrices * cluster * threads >= int64_t{kEnough} * multiprocessors;
+  };
+  return fills(1, kAttentionThreads<1>) ? 1 : fills(4, kAttentionThreads<4>) ? 4 : 8;
 }
 
 }  // namespace

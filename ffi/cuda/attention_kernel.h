@@ -100,10 +100,10 @@ ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared
   request(begin + group);
   device.LetNextStart();
   // How far the cache is filled is counted in the same computation: asked again with the queries.
-  Slots now = early;
+  Slots settled = early;
   if (p.prefetch) {
     device.WaitForPrevious();
-    now = look();
+    settled = look();
   }
 
   // Where this thread's part of the result goes.
@@ -126,6 +126,7 @@ ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared
     const int r = i / kHalf, pair = i % kHalf;
     const bool fresh = r == kShared;
     const T* from = of_row + (fresh ? p.kv_heads * kShared + head : head * kShared + r) * kFeatures;
+    // Of a query this is itself: all that an item needs is under way at once.
     const T* value_from = from + (fresh ? p.kv_heads * kFeatures : 0);
     const float a = device.Widen(from[pair]), b = device.Widen(from[pair + kHalf]);
     const float c = cosine[pair], s = sine[pair];
@@ -143,20 +144,18 @@ ESPARSE_DEVICE void Attend(Device& device, AttentionShared<T, kFeatures, kShared
       shared.query[r][pair + kHalf] = p.scale * device.Widen(high);
     }
   }
-  if (now.filled != early.filled || now.first != early.first) {
-    cut(now);
+  if (settled.filled != early.filled || settled.first != early.first) {
+    cut(settled);
     request(begin + group);
   }
   device.SyncBlock();
-  // Into the cache, by the warp that has the least to do.
-  if (rank == 0 && warp == kWarps - 1) {
+  // Into the cache, by the last warp: the first one has the new token.
+  static_assert(2 * kLanes <= 32);
+  if (const int i = thread - (kThreads - 32); rank == 0 && i >= 0 && i < 2 * kLanes) {
     const int64_t slot_at = (static_cast<int64_t>(matrix) * p.slots + place) * kFeatures;
-    for (int i = thread % 32; i < 2 * kLanes; i += 32) {
-      const T* fresh = i < kLanes ? shared.fresh_key : shared.fresh_value;
-      T* into = (i < kLanes ? keys : values) + slot_at;
-      const int f = i % kLanes * 8;
-      *reinterpret_cast<Eight*>(into + f) = *reinterpret_cast<const Eight*>(fresh + f);
-    }
+    const T* fresh = i < kLanes ? shared.fresh_key : shared.fresh_value;
+    T* into = (i < kLanes ? keys : values) + slot_at;
+    *reinterpret_cast<Eight*>(into + feature) = *reinterpret_cast<const Eight*>(fresh + feature);
   }
 
   float query[kShared][8], most[kShared], sum[kShared], weighted[kShared][8];

@@ -81,7 +81,9 @@ def test_attentions_are_compared(sanitize, monkeypatch):
     calls = []
 
     def attend(projected, keys, *rest, **static):
-        calls.append((str(keys.dtype), keys.shape[2], rest[4] is not None, *static.values()))
+        calls.append(
+            (str(keys.dtype), keys.shape[2], *(x is not None for x in rest[4:6]), *static.values())
+        )
         return plain(projected, keys, *rest, **static)
 
     monkeypatch.setattr(sanitize._ffi_attention, "attend", attend)
@@ -96,7 +98,8 @@ def test_the_caches_reach_every_cluster_size(module):
     """As `ClusterOf` in ffi/cuda/attention.cu chooses, for the least and the most, and an H200."""
 
     def cluster(matrices, multiprocessors):
-        return next((c for c in (1, 4) if matrices * c >= multiprocessors), 8)
+        blocks = (c for c in (1, 4) if matrices * c * 128 >= 224 * multiprocessors)
+        return next(blocks, 8)
 
     for multiprocessors in (81, 114, 132, 160):
         assert [cluster(rows * module.KV_HEADS, multiprocessors) for rows, _ in module.CACHES] == [
@@ -139,6 +142,17 @@ def test_an_attention_to_padding_is_found(sanitize, monkeypatch):
         return plain(*given[:6], start, *given[7:], **static)
 
     monkeypatch.setattr(sanitize._ffi_attention, "attend", attend)
+    with pytest.raises(SystemExit, match="an attention is"):
+        sanitize.attentions()
+
+
+def test_a_result_in_another_order_is_found(sanitize, monkeypatch):
+    monkeypatch.setattr(sanitize._ffi_attention, "_SHARED", (1,))
+    monkeypatch.setattr(
+        sanitize._ffi_attention,
+        "attend",
+        lambda *given, **static: plain(*given[:7], None, **static),
+    )
     with pytest.raises(SystemExit, match="an attention is"):
         sanitize.attentions()
 

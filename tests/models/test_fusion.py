@@ -31,7 +31,7 @@ from esparse_jax.models.surgery import (
 from esparse_jax.sparse import Blob24, _ffi_cuda, compressed24_of, decompress24
 
 DECODE, CHAIN = "esparse_decode24_cuda_v2", "esparse_chain24_cuda_v1"
-ATTEND = "esparse_attend_cuda_v1"
+ATTEND = "esparse_attend_cuda_v2"
 LAYERS = 2
 FIELDS = {
     "model_type": "llama",
@@ -224,15 +224,18 @@ def lowered_for_cuda(model, rows, *, slots=64) -> str:
 
 
 @needs_build
-@pytest.mark.parametrize(("heads", "gathers"), [("natural", 1), ("within", 2), ("free", 2)])
+@pytest.mark.parametrize(
+    ("heads", "gathers"), [("natural", 1), ("within", 2), ("free", 2 + LAYERS)]
+)
 @pytest.mark.parametrize("rows", [1, 16])
 def test_a_step_is_one_chain_a_layer_on_cuda(rows, heads, gathers):
-    """Gathers: of the embedding, and after it for the first q/k/v."""
+    """Gathers: of the embedding, after it for the first q/k/v, and of the attentions for o."""
     _, sparse = models("gqa", "float16", heads)
     text = lowered_for_cuda(inference_model(sparse, form="device"), rows)
     assert (text.count(CHAIN), text.count(DECODE)) == (LAYERS, 1)
     assert text.count("prefetch = true") == LAYERS + 1
     assert text.count('"stablehlo.gather"(') == gathers
+    assert "stablehlo.scatter" not in text
     # The weights go from the arguments into the calls, and nowhere else; the head is dense.
     readers = {
         re.search(r"= (\S+) ?@?|call @|return|func", line).group(0)
@@ -244,12 +247,17 @@ def test_a_step_is_one_chain_a_layer_on_cuda(rows, heads, gathers):
 
 
 @needs_build
-def test_a_step_where_clusters_are_has_one_kernel_an_attention(monkeypatch):
+@pytest.mark.parametrize("heads", ["within", "free"])
+def test_a_step_where_clusters_are_has_one_kernel_an_attention(monkeypatch, heads):
+    """Which writes the order that o reads, so that nothing is gathered for it."""
     monkeypatch.setattr(_ffi_attention, "_runs", lambda: True)
     monkeypatch.setattr(_ffi_attention, "records_calls", lambda: False)
-    _, sparse = models("tied", "float16", "within")
+    _, sparse = models("tied", "float16", heads)
     model = inference_model(sparse, form="device")
     text = lowered_for_cuda(model, 3)
+    assert text.count("has_places = true") == (LAYERS if heads == "free" else 0)
+    assert text.count('"stablehlo.gather"(') == 2
+    assert "stablehlo.scatter" not in text
     assert (text.count(CHAIN), text.count(DECODE), text.count(ATTEND)) == (LAYERS, 1, LAYERS)
     assert len(re.findall(r"stablehlo\.dot_general", text)) == 1  # the head's
     # Only the weights may be read early: of the cache it is not known who wrote it.

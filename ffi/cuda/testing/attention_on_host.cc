@@ -102,6 +102,7 @@ float Fiber::Exchange(float x, int offset) {
 }
 
 void Fiber::WaitForPrevious() {
+  Meet(&cluster->all);  // until then all have what was there before
   if (cluster->previous) cluster->previous();
   cluster->previous = nullptr;
 }
@@ -171,22 +172,24 @@ bool Run(int first_block, int blocks, int block_threads, size_t shared_bytes,
 struct Given {
   std::vector<char> projected, cosines, sines;
   int32_t length;
+  std::vector<int32_t> start;  // empty for none
 };
 
 template <int kFeatures, int kShared, int kCluster>
 bool AttendAll(const Given& given, int32_t early_length, void* keys, void* values,
-               const int32_t* start, const int32_t* places, void* attended,
-               const AttentionArgs& args, int matrices) {
+               const int32_t* places, void* attended, const AttentionArgs& args, int matrices) {
   using Shared = AttentionShared<_Float16, kFeatures, kShared, kCluster>;
   for (int matrix = 0; matrix < matrices; ++matrix) {
     Given seen = {std::vector<char>(given.projected.size(), '\xff'),
                   std::vector<char>(given.cosines.size(), '\xff'),
-                  std::vector<char>(given.sines.size(), '\xff'), early_length};
+                  std::vector<char>(given.sines.size(), '\xff'), early_length,
+                  std::vector<int32_t>(given.start.size(), early_length)};
     const auto previous = [&] {
       std::copy(given.projected.begin(), given.projected.end(), seen.projected.begin());
       std::copy(given.cosines.begin(), given.cosines.end(), seen.cosines.begin());
       std::copy(given.sines.begin(), given.sines.end(), seen.sines.begin());
       seen.length = given.length;
+      std::copy(given.start.begin(), given.start.end(), seen.start.begin());
     };
     const bool ended =
         Run(matrix * kCluster, kCluster, kAttentionThreads<kCluster>, sizeof(Shared), previous,
@@ -196,8 +199,8 @@ bool AttendAll(const Given& given, int32_t early_length, void* keys, void* value
                   *fiber, *shared, reinterpret_cast<const _Float16*>(seen.projected.data()),
                   static_cast<_Float16*>(keys), static_cast<_Float16*>(values),
                   reinterpret_cast<const float*>(seen.cosines.data()),
-                  reinterpret_cast<const float*>(seen.sines.data()), &seen.length, start, places,
-                  static_cast<_Float16*>(attended), args);
+                  reinterpret_cast<const float*>(seen.sines.data()), &seen.length,
+                  seen.start.data(), places, static_cast<_Float16*>(attended), args);
             });
     if (!ended) return false;
   }
@@ -208,8 +211,8 @@ bool AttendAll(const Given& given, int32_t early_length, void* keys, void* value
 }  // namespace esparse::cuda
 
 // 0, 1 where there is no such instance, or 2 where threads wait for each other for ever. `start`
-// and `places` may be null; `early_length` is what stands in the place of `length` until the kernel
-// before has ended.
+// and `places` may be null; `early_length` is what stands in the place of `length` and of every
+// start until the kernel before has ended.
 extern "C" __attribute__((visibility("default"))) int esparse_attend_on_host(
     int batch, int kv_heads, int shared, int features, int slots, int angle_rows, int cluster,
     int prefetch, int length, int early_length, const void* projected, void* keys, void* values,
@@ -230,11 +233,13 @@ extern "C" __attribute__((visibility("default"))) int esparse_attend_on_host(
                              static_cast<const char*>(from) + count);
   };
   const size_t angle_bytes = sizeof(float) * angle_rows * features / 2;
-  const Given given = {bytes(projected, sizeof(_Float16) * batch * args.width),
-                       bytes(cosines, angle_bytes), bytes(sines, angle_bytes), length};
+  const Given given = {
+      bytes(projected, sizeof(_Float16) * batch * args.width), bytes(cosines, angle_bytes),
+      bytes(sines, angle_bytes), length,
+      start == nullptr ? std::vector<int32_t>() : std::vector<int32_t>(start, start + batch)};
   const auto attend = [&](auto features_constant, auto shared_constant, auto cluster_constant) {
     const bool ended = AttendAll<features_constant, shared_constant, cluster_constant>(
-        given, early_length, keys, values, start, places, attended, args, batch * kv_heads);
+        given, early_length, keys, values, places, attended, args, batch * kv_heads);
     return ended ? 0 : 2;
   };
   using std::integral_constant;
