@@ -5,13 +5,13 @@ import ctypes
 import functools
 import gc
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import host_build
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,29 +20,16 @@ import pytest
 from esparse_jax import native
 from esparse_jax.sparse import _ffi_cusparselt, blob
 
-FFI = Path(__file__).parents[1] / "ffi"
-SOURCE = FFI / "cusparselt" / "testing" / "fake_cusparselt.cc"
+SOURCE = "cusparselt/testing/fake_cusparselt.cc"
 HOST_SONAME = "libesparse_fake_cusparselt.so.0"
 REAL_SONAME = "libcusparseLt.so.0"
 NONE_ALIVE = {"handle": 0, "matrix": 0, "selection": 0, "plan": 0}
 
 
-def compiler() -> str:
-    """A C++ compiler, or the test is skipped."""
-    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if found is None or not SOURCE.is_file():
-        pytest.skip("the stand-in of cuSPARSELt is built from the checkout with a C++ compiler")
-    return found
-
-
 def build(folder: Path, soname: str, *defines: str) -> Path:
     """The stand-in as a shared library in a folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / soname
-    command = [compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{FFI}"]
-    command += [f"-Wl,-soname,{soname}", *(f"-D{define}" for define in defines)]
-    subprocess.run([*command, str(SOURCE), "-o", str(file)], check=True, timeout=300)
-    return file
+    flags = (f"-Wl,-soname,{soname}", *(f"-D{define}" for define in defines))
+    return host_build.build(folder / soname, SOURCE, flags=flags)
 
 
 class Fake:

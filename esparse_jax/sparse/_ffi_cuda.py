@@ -19,7 +19,7 @@ _LOGGER = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16")
 MAX_ROWS = 16  # of x
-# What a plan's fields may be; see ffi/cuda/decode.h.
+# What a plan's fields may be; see ffi/cuda/decode_plan.h.
 PLAN_VALUES = {
     "tiles": (1, 2, 3, 4),
     "warps": (4, 8, 16),
@@ -30,7 +30,7 @@ PLAN_VALUES = {
 }
 PLAN_FIELDS = tuple(PLAN_VALUES)
 
-# What the decode kernel does around the product; the numbers are those of ffi/cuda/decode.h.
+# What the decode kernel does around the product, by the numbers of ffi/cuda/decode_args.h.
 _NORM, _SWIGLU, _RESIDUAL, _PERMUTE, _SCATTER = 1, 2, 4, 8, 16
 
 
@@ -51,7 +51,7 @@ def _extension() -> ModuleType:
 
 
 def _plan(plan: Mapping[str, int] | None) -> np.ndarray:
-    """How the kernel cuts its work; what is not named it chooses itself (see ffi/cuda/decode.h)."""
+    """How the kernel cuts its work, by ffi/cuda/decode_plan.h; it chooses what is not named."""
     plan = plan or {}
     unknown = set(plan) - set(PLAN_FIELDS)
     if unknown:

@@ -1,5 +1,7 @@
 #include "cuda/cubins.h"
 
+#include <initializer_list>
+
 // The assembler puts the files into the library; the build names them.
 #define ESPARSE_EMBED(NAME, FILE)                                                       \
   asm(".pushsection .rodata\n"                                                          \

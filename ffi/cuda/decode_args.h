@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "cuda/decode.h"
-
 namespace esparse::cuda {
 
 constexpr int kTileRows = 16;
@@ -19,6 +17,16 @@ constexpr int kMinWarps = 4;
 constexpr int kMaxWarps = 16;
 constexpr int kMaxTiles = 4;
 
+// What happens around the product; the numbers are part of the handlers' interface.
+enum Fusion : int32_t {
+  kNorm = 1,      // y is scaled by rsqrt(mean(x^2) + epsilon), row by row: RMSNorm, its gain in W
+  kSwiglu = 2,    // rows of W: 8 of gate, 8 of up, ...; y = silu(gate) * up has out / 2 columns
+  kResidual = 4,  // y += residual
+  kPermute = 8,   // column c of x is read from x[:, permutation[c]]
+  kScatter = 16,  // y is written once more with column c at places[c]; not with kSwiglu
+};
+constexpr int32_t kAllFusions = kNorm | kSwiglu | kResidual | kPermute | kScatter;
+
 struct KernelArgs {
   int out, channels, rows;
   int units;                           // the last one may be a half
@@ -28,8 +36,8 @@ struct KernelArgs {
   int depth;                           // of the ring
   int resident;                        // x has a place of its own and is loaded once
   int sums_toggle;  // bytes between two buffers for partial sums; 0: there is one
-  int fusion;
-  int prefetch;  // W is requested before the kernel before has ended
+  int fusion;       // Fusion
+  int prefetch;     // W is requested before the kernel before has ended
   float epsilon;
 };
 

@@ -1,4 +1,4 @@
-#include "cuda/decode_kernel.h"
+#include "cuda/decode_gpu.h"
 
 namespace esparse::cuda {
 

@@ -1,4 +1,6 @@
-// The decode kernel. Included by the sources that instantiate it, one per dtype.
+// The decode kernel. Its body is plain C++ over a few primitives of the device: decode_gpu.h has
+// those of a GPU, testing/decode_on_host.cc those of a test without one. Each also sees to `min`
+// and `fmaf`. Addresses of shared memory are numbers.
 //
 // The blob (cuSPARSELt's own device format of a 2:4 weight [out, channel] on sm_90; see
 // sparse/blob.py):
@@ -27,132 +29,28 @@
 #ifndef ESPARSE_FFI_CUDA_DECODE_KERNEL_H_
 #define ESPARSE_FFI_CUDA_DECODE_KERNEL_H_
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/decode_args.h"
-#include "cuda/dependent_launch.h"
 
 namespace esparse::cuda {
 
-__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
-  uint4 r;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
-               : "r"(address)
-               : "memory");
-  return r;
-}
-
-__device__ __forceinline__ float LoadShared(uint32_t address) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void StoreShared(uint32_t address, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-
-// sum += weight * x, with the indices of lanes 0, 1 (kSelector 0) or 2, 3 (kSelector 1) of each
-// quad.
-#define ESPARSE_MMA_SP(TYPE)                                                                      \
-  asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                 \
-      ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9,%10,%11},{%0,%1,%2,%3},%12,%13;"                   \
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                    \
-      : "r"(weight.x), "r"(weight.y), "r"(weight.z), "r"(weight.w), "r"(x.x), "r"(x.y), "r"(x.z), \
-        "r"(x.w), "r"(indices), "n"(kSelector))
-
-template <typename T, int kSelector>
-__device__ __forceinline__ void MultiplySparse(float (&sum)[4], uint4 weight, uint4 x,
-                                               uint32_t indices) {
-  if constexpr (std::is_same_v<T, __half>) {
-    ESPARSE_MMA_SP("f16");
-  } else {
-    ESPARSE_MMA_SP("bf16");
-  }
-}
-#undef ESPARSE_MMA_SP
-
-__device__ __forceinline__ float2 Widen(uint32_t pair, const __half*) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-__device__ __forceinline__ float2 Widen(uint32_t pair, const __nv_bfloat16*) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
-}
-__device__ __forceinline__ float Widen(__half value) { return __half2float(value); }
-__device__ __forceinline__ float Widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ void Narrow(float value, __half* to) { *to = __float2half(value); }
-__device__ __forceinline__ void Narrow(float value, __nv_bfloat16* to) {
-  *to = __float2bfloat16(value);
-}
-
-// Policies of the second-level cache: W is read once, x by every block.
-__device__ __forceinline__ uint64_t ReadOncePolicy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t KeepPolicy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// Copies `size` bytes, 16 or 0, and fills up to 16 with zeros.
-__device__ __forceinline__ void Copy16(uint32_t to, const void* from, int size, uint64_t policy) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to),
-      "l"(from), "r"(size), "l"(policy)
-      : "memory");
-}
-__device__ __forceinline__ void CommitCopies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void WaitCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// Until at most `pending` of this thread's groups are under way: the count must be a constant.
-__device__ __forceinline__ void WaitCopies(int pending) {
-  switch (pending) {
-    case 0:
-      return WaitCopies<0>();
-    case 1:
-      return WaitCopies<1>();
-    case 2:
-      return WaitCopies<2>();
-    case 3:
-      return WaitCopies<3>();
-    case 4:
-      return WaitCopies<4>();
-    case 5:
-      return WaitCopies<5>();
-    case 6:
-      return WaitCopies<6>();
-    default:
-      return WaitCopies<kMaxDepth - 1>();
-  }
-}
+// A lane's part of four 8x8 matrices of 16-bit numbers: two numbers of each.
+struct Fragments {
+  uint32_t x, y, z, w;
+};
 
 // kTiles tiles at a time, kColumns * 8 >= rows. Shared memory: for every warp its ring (and x,
 // where resident), then the partial sums [warp][tile][column][lane][4], then sums of squares
 // [warp][row].
-template <typename T, int kColumns, int kTiles>
-__device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, const T* residual,
-                                       const int32_t* places, T* y, T* scattered,
-                                       const KernelArgs& p) {
-  extern __shared__ __align__(1024) uint8_t shared[];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-  const int block = blockIdx.x, channels = p.channels, rows = p.rows, depth = p.depth;
+template <typename Device, typename T, int kColumns, int kTiles>
+ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x, const T* residual,
+                           const int32_t* places, T* y, T* scattered, const KernelArgs& p) {
+  const int thread = device.Thread(), threads = device.Threads();
+  const int warp = device.Thread() / 32, lane = device.Thread() % 32;
+  const int warps = device.Threads() / 32;
+  const int block = device.Block(), channels = p.channels, rows = p.rows, depth = p.depth;
   const bool resident = p.resident != 0;
 
   const int first_tile = block * p.block_tiles + min(block, p.block_tiles_extra);
@@ -165,13 +63,12 @@ __device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, con
   const uint32_t slot_bytes = kTiles * kUnitBytes + (resident ? 0 : x_piece);
   const uint32_t warp_bytes =
       depth * slot_bytes + (resident ? (p.warp_units + (p.warp_units_extra > 0)) * x_piece : 0);
-  const uint32_t ring = SharedAddress(shared) + warp * warp_bytes;
+  const uint32_t ring = device.Shared() + warp * warp_bytes;
   const uint32_t x_place = ring + depth * slot_bytes;  // of the resident x
   constexpr uint32_t kSumsBytes = kTiles * kColumns * 32 * 16;
-  uint32_t sums = SharedAddress(shared) + warps * warp_bytes;
+  uint32_t sums = device.Shared() + warps * warp_bytes;
   const uint32_t squares = sums + warps * kSumsBytes + p.sums_toggle;
 
-  const uint64_t once = ReadOncePolicy(), keep = KeepPolicy();
   // A lane copies 16 bytes: of the values chunk lane % 8 of every fourth row, of the indices
   // sixteen bytes of the 32 channels lane / 4 % 4, of x sixteen bytes of every second row.
   const uint32_t width = channels;  // offsets in W have 32 bits: the handlers see to it
@@ -187,26 +84,28 @@ __device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, con
     const bool half = unit == half_unit;
     const int size = half && (lane & 4) ? 0 : 16;
     const uint32_t swizzle = (lane >> 3) * 128 + (((lane & 7) ^ (lane >> 3)) << 4);
-#pragma unroll
+    ESPARSE_UNROLL
     for (int r = 0; r < kTiles; ++r) {
       if (r >= count) continue;
       const uint8_t* from =
           values_from + static_cast<size_t>((tile + r) * kTileRows * width + unit * kUnitChannels);
-#pragma unroll
+      ESPARSE_UNROLL
       for (int q = 0; q < 4; ++q) {  // rows 4 q + lane / 8; a chunk is strewn by its row % 8
-        Copy16((to + r * kUnitValueBytes + q * 512 + swizzle) ^ ((q & 1) << 6), from, size, once);
+        device.CopyReadOnce((to + r * kUnitValueBytes + q * 512 + swizzle) ^ ((q & 1) << 6), from,
+                            size);
         from += 4 * width;
       }
     }
     const int part = (lane >> 2) & 3;
     const int indices_at = unit * 1024 - (half && part >= 2 ? 512 : 0);
-#pragma unroll
+    ESPARSE_UNROLL
     for (int r = 0; r < kTiles; r += 2) {  // two tiles at once, sixteen lanes each
       const int tile_of = r + (lane >> 4), at = tile + tile_of;
       if (tile_of < count && tile_of < kTiles) {
-        Copy16(to + kTiles * kUnitValueBytes + tile_of * kUnitIndexBytes + part * 64 +
-                   (((lane & 3) ^ (part & 2)) << 4),
-               indices_from + ((at >> 2) * 8 * channels + (at & 3) * 64 + indices_at), 16, once);
+        device.CopyReadOnce(to + kTiles * kUnitValueBytes + tile_of * kUnitIndexBytes + part * 64 +
+                                (((lane & 3) ^ (part & 2)) << 4),
+                            indices_from + ((at >> 2) * 8 * channels + (at & 3) * 64 + indices_at),
+                            16);
       }
     }
   };
@@ -215,8 +114,8 @@ __device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, con
     const int size = unit == half_unit && chunk >= 8 ? 0 : 16;
     const uint8_t* from = x_from + unit * kUnitRowBytes;
     for (int m = lane >> 4; m < rows; m += 2) {
-      Copy16(to + (chunk >> 3) * (rows * 128) + m * 128 + (((chunk & 7) ^ (m & 7)) << 4), from,
-             size, keep);
+      device.CopyKept(to + (chunk >> 3) * (rows * 128) + m * 128 + (((chunk & 7) ^ (m & 7)) << 4),
+                      from, size);
       from += static_cast<size_t>(4) * channels;
     }
   };
@@ -242,18 +141,18 @@ __device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, con
     }
   };
 
-  if (!p.prefetch) WaitForPrevious();
-  LetNextStart();
+  if (!p.prefetch) device.WaitForPrevious();
+  device.LetNextStart();
   for (int d = 0; d < depth; ++d) {
     if (next_tile < last_tile) {
       load_weight(ring + d * slot_bytes);
       if (!p.prefetch) load_x(ring + d * slot_bytes);
       advance();
     }
-    if (!p.prefetch) CommitCopies();
+    if (!p.prefetch) device.CommitCopies();
   }
   if (p.prefetch) {
-    WaitForPrevious();
+    device.WaitForPrevious();
     next_tile = my_units > 0 ? first_tile : last_tile;
     next = 0;
     for (int d = 0; d < depth; ++d) {
@@ -261,7 +160,7 @@ __device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, con
         load_x(ring + d * slot_bytes);
         advance();
       }
-      CommitCopies();
+      device.CommitCopies();
     }
   }
 
@@ -271,7 +170,7 @@ __device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, con
   const uint32_t weight_line =
       (line8 + 8 * (matrix & 1)) * 128 + (((2 * (matrix >> 1)) ^ line8) << 4);
   uint32_t x_line[kColumns];
-#pragma unroll
+  ESPARSE_UNROLL
   for (int n = 0; n < kColumns; ++n) {
     const int m = min(n * 8 + line8, rows - 1);  // rows that are not there repeat the last one
     x_line[n] = m * 128 + ((((matrix & 1) + 4 * (matrix >> 1)) ^ (m & 7)) << 4);
@@ -281,21 +180,20 @@ __device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, con
 
   auto add_four = [&](uint32_t at, uint32_t stride) {  // kMinWarps floats, `stride` bytes apart
     float part[kMinWarps];
-#pragma unroll
-    for (int k = 0; k < kMinWarps; ++k) part[k] = LoadShared(at + k * stride);
+    ESPARSE_UNROLL
+    for (int k = 0; k < kMinWarps; ++k) part[k] = device.LoadShared(at + k * stride);
     return (part[0] + part[1]) + (part[2] + part[3]);
   };
 
   const bool norm = p.fusion & kNorm, swiglu = p.fusion & kSwiglu, add = p.fusion & kResidual;
   const bool scatter = p.fusion & kScatter;
-  const int threads = blockDim.x;
   int slot = 0;
   for (int tile = first_tile; tile < last_tile; tile += kTiles) {
     const int count = min(kTiles, last_tile - tile);
     const bool square = norm && tile == first_tile;
     float sum[kTiles][kColumns][4] = {}, sum_of_squares[kColumns] = {};
 
-    // This thread writes outputs threadIdx.x, + threads, ... of [tile][row of x, padded][16]. The
+    // This thread writes outputs thread, + threads, ... of [tile][row of x, padded][16]. The
     // loop that does it is kept small: unrolled it was four fifths of the kernel's instructions,
     // all of which are fetched anew at every launch.
     const int outputs = count * kColumns * 8 * kTileRows;
@@ -305,109 +203,108 @@ __device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, con
                  ? residual[static_cast<size_t>(m) * p.out + (tile + r) * kTileRows + (i & 15)]
                  : T(0.0f);
     };
-    T next_residual = load_residual(threadIdx.x);
+    T next_residual = load_residual(thread);
 
     for (int i = 0; i < my_units; ++i) {
-      WaitCopies(depth - 1);
-      __syncwarp();
+      device.WaitCopies(depth - 1);
+      device.SyncWarp();
       const uint32_t piece = ring + slot * slot_bytes;
       const uint32_t x_at = resident ? x_place + i * x_piece : piece + kTiles * kUnitBytes;
 
       uint32_t indices[kTiles][2];
-#pragma unroll
+      ESPARSE_UNROLL
       for (int r = 0; r < kTiles; ++r) {
         uint32_t a, b;
-        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];"
-                     : "=r"(a), "=r"(b)
-                     : "r"(piece + r * kUnitIndexBytes + indices_line)
-                     : "memory");
+        device.LoadShared(piece + r * kUnitIndexBytes + indices_line, &a, &b);
         // The two rows, nibble by nibble, become row g in the low half and row g + 8 in the high
         // one.
-        const uint32_t low = __byte_perm(a, b, 0x5410), high = __byte_perm(a, b, 0x7632);
+        const uint32_t low = device.Bytes(a, b, 0x5410), high = device.Bytes(a, b, 0x7632);
         const uint32_t even = (low & 0x0f0f0f0fu) | ((high << 4) & 0xf0f0f0f0u);
         const uint32_t odd = ((low >> 4) & 0x0f0f0f0fu) | (high & 0xf0f0f0f0u);
-        indices[r][0] = __byte_perm(even, odd, 0x6420);  // the even chunk of this lane
-        indices[r][1] = __byte_perm(even, odd, 0x7531);
+        indices[r][0] = device.Bytes(even, odd, 0x6420);  // the even chunk of this lane
+        indices[r][1] = device.Bytes(even, odd, 0x7531);
       }
-      uint4 x[4][kColumns];
-#pragma unroll
+      Fragments x[4][kColumns];
+      ESPARSE_UNROLL
       for (int j = 0; j < 4; ++j) {
-#pragma unroll
+        ESPARSE_UNROLL
         for (int n = 0; n < kColumns; ++n) {
-          x[j][n] = LoadMatrices(((x_at + x_line[n]) ^ ((j & 1) << 5)) + (j >> 1) * (rows * 128));
+          x[j][n] =
+              device.LoadMatrices(((x_at + x_line[n]) ^ ((j & 1) << 5)) + (j >> 1) * (rows * 128));
         }
       }
       if (square) {
-#pragma unroll
+        ESPARSE_UNROLL
         for (int j = 0; j < 4; ++j) {
-#pragma unroll
+          ESPARSE_UNROLL
           for (int n = 0; n < kColumns; ++n) {
             const uint32_t pairs[4] = {x[j][n].x, x[j][n].y, x[j][n].z, x[j][n].w};
-#pragma unroll
+            ESPARSE_UNROLL
             for (int k = 0; k < 4; ++k) {
-              const float2 two = Widen(pairs[k], static_cast<const T*>(nullptr));
-              sum_of_squares[n] = fmaf(two.x, two.x, fmaf(two.y, two.y, sum_of_squares[n]));
+              float low, high;
+              device.template Widen<T>(pairs[k], &low, &high);
+              sum_of_squares[n] = fmaf(low, low, fmaf(high, high, sum_of_squares[n]));
             }
           }
         }
       }
-#pragma unroll
+      ESPARSE_UNROLL
       for (int r = 0; r < kTiles; ++r) {
         if (r >= count) continue;
-        uint4 weight[4];
-#pragma unroll
+        Fragments weight[4];
+        ESPARSE_UNROLL
         for (int j = 0; j < 4; ++j) {
-          weight[j] = LoadMatrices((piece + r * kUnitValueBytes + weight_line) ^
-                                   (((j & 1) + 4 * (j >> 1)) << 4));
+          weight[j] = device.LoadMatrices((piece + r * kUnitValueBytes + weight_line) ^
+                                          (((j & 1) + 4 * (j >> 1)) << 4));
         }
-#pragma unroll
+        ESPARSE_UNROLL
         for (int j = 0; j < 4; ++j) {
-#pragma unroll
+          ESPARSE_UNROLL
           for (int n = 0; n < kColumns; ++n) {
             if (j < 2) {
-              MultiplySparse<T, 0>(sum[r][n], weight[j], x[j][n], indices[r][j & 1]);
+              device.template MultiplySparse<T, 0>(sum[r][n], weight[j], x[j][n],
+                                                   indices[r][j & 1]);
             } else {
-              MultiplySparse<T, 1>(sum[r][n], weight[j], x[j][n], indices[r][j & 1]);
+              device.template MultiplySparse<T, 1>(sum[r][n], weight[j], x[j][n],
+                                                   indices[r][j & 1]);
             }
           }
         }
       }
-      __syncwarp();
+      device.SyncWarp();
       if (next_tile < last_tile) {
         load_weight(piece);
         load_x(piece);
         advance();
       }
-      CommitCopies();
+      device.CommitCopies();
       if (++slot == depth) slot = 0;
     }
 
     if (square) {
-#pragma unroll
+      ESPARSE_UNROLL
       for (int n = 0; n < kColumns; ++n) {
         float total = sum_of_squares[n];
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
+        total += device.Exchange(total, 1);
+        total += device.Exchange(total, 2);
         if (!(lane & 3)) {
-          StoreShared(squares + (warp * kColumns * 8 + n * 8 + (lane >> 2)) * 4, total);
+          device.StoreShared(squares + (warp * kColumns * 8 + n * 8 + (lane >> 2)) * 4, total);
         }
       }
     }
-#pragma unroll
+    ESPARSE_UNROLL
     for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
+      ESPARSE_UNROLL
       for (int n = 0; n < kColumns; ++n) {
         if (r < count && n * 8 + (lane & 3) * 2 < rows) {
-          asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(
-                           sums + warp * kSumsBytes + ((r * kColumns + n) * 32 + lane) * 16),
-                       "f"(sum[r][n][0]), "f"(sum[r][n][1]), "f"(sum[r][n][2]), "f"(sum[r][n][3])
-                       : "memory");
+          device.StoreShared(sums + warp * kSumsBytes + ((r * kColumns + n) * 32 + lane) * 16,
+                             sum[r][n]);
         }
       }
     }
-    __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < outputs; i += threads) {
+    device.SyncBlock();
+    ESPARSE_KEEP_LOOP
+    for (int i = thread; i < outputs; i += threads) {
       const T added = next_residual;
       next_residual = load_residual(i + threads);
       const int row = i & 15, m = (i >> 4) % (8 * kColumns), r = (i >> 4) / (8 * kColumns);
@@ -419,7 +316,7 @@ __device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, con
                   2 * (row >> 3)) *
                      4;
       float value = 0, up = 0, squared = 0;
-#pragma unroll 1
+      ESPARSE_KEEP_LOOP
       for (int w = 0; w < warps; w += kMinWarps) {
         value += add_four(at + w * kSumsBytes, kSumsBytes);
         if (swiglu) up += add_four(at + w * kSumsBytes + 8, kSumsBytes);
@@ -428,53 +325,29 @@ __device__ __forceinline__ void Decode(const uint8_t* blob, const T* from_x, con
           squared += add_four(squares + m * 4 + w * kSquaresBytes, kSquaresBytes);
         }
       }
-      const float scale = norm ? rsqrtf(squared / channels + p.epsilon) : 1.0f;
+      const float scale = norm ? device.ReciprocalRoot(squared / channels + p.epsilon) : 1.0f;
       value *= scale;
       size_t to = static_cast<size_t>(m) * p.out + (tile + r) * kTileRows + row;
       if (swiglu) {
-        value = value / (1 + __expf(-value)) * (up * scale);
+        value = value / (1 + device.Exp(-value)) * (up * scale);
         to = static_cast<size_t>(m) * (p.out / 2) + (tile + r) * 8 + row;
       }
-      value += Widen(added);
-      Narrow(value, y + to);
+      value += device.Widen(added);
+      y[to] = device.template Narrow<T>(value);
       if (scatter) {
-        Narrow(value,
-               scattered + static_cast<size_t>(m) * p.out + places[(tile + r) * kTileRows + row]);
+        const int place = places[(tile + r) * kTileRows + row];
+        scattered[static_cast<size_t>(m) * p.out + place] = device.template Narrow<T>(value);
       }
     }
     if (tile + kTiles < last_tile) {
       if (p.sums_toggle == 0) {
-        __syncthreads();
+        device.SyncBlock();
       } else {
         sums += (((tile - first_tile) / kTiles) & 1) ? -p.sums_toggle : p.sums_toggle;
       }
     }
   }
 }
-
-// The instances of one dtype. They are extern "C", so that a loaded cubin can be asked for them.
-#define ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, TILES)                                          \
-  extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1) NAME##_##COLUMNS##_##TILES(   \
-      const uint8_t* blob, const void* x, const void* residual, const int32_t* places, void* y, \
-      void* scattered, const __grid_constant__ KernelArgs args) {                               \
-    Decode<T, COLUMNS, TILES>(blob, static_cast<const T*>(x), static_cast<const T*>(residual),  \
-                              places, static_cast<T*>(y), static_cast<T*>(scattered), args);    \
-  }
-#define ESPARSE_DECODE_COLUMNS(NAME, T, COLUMNS) \
-  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 1)     \
-  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 2)     \
-  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 3)     \
-  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 4)
-#define ESPARSE_DECODE_ENTRY(NAME, COLUMNS, TILES) \
-  {NAME##_##COLUMNS##_##TILES, #NAME "_" #COLUMNS "_" #TILES}
-#define ESPARSE_DECODE_ENTRIES(NAME, COLUMNS)                                      \
-  {ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 1), ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 2), \
-   ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 3), ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 4)}
-#define ESPARSE_DECODE_INSTANCES(NAME, T)                                                 \
-  ESPARSE_DECODE_COLUMNS(NAME, T, 1)                                                      \
-  ESPARSE_DECODE_COLUMNS(NAME, T, 2)                                                      \
-  constexpr DecodeKernel NAME##_kernels[2][kMaxTiles] = {ESPARSE_DECODE_ENTRIES(NAME, 1), \
-                                                         ESPARSE_DECODE_ENTRIES(NAME, 2)}
 
 }  // namespace esparse::cuda
 

@@ -336,7 +336,7 @@ ffi::Error Record24Impl(record::Recorder recorder, ffi::RemainingArgs arguments,
       record::Pointer(or_x(launch.places)),
       record::Pointer(launch.y),
       record::Pointer(or_x(launch.scattered)),
-      {launch.args.data(), kKernelArgsBytes, record::ArgType::kHostValue}};
+      {&launch.args, sizeof(launch.args), record::ArgType::kHostValue}};
   const record::KernelArgList kernel_args = {list, sizeof(list) / sizeof(list[0])};
   const Cubin cubin = DecodeCubin(product.dtype);
   return record::AddOrUpdate(

@@ -107,8 +107,8 @@ def test_one_row_does_not_wait_for_padding_of_the_others(model, greedy):
 
 
 def test_a_model_that_was_split_is_hashed_and_compared_once(monkeypatch):
-    # Of a shape of its own: an equal model of another test in the cache of `prefill` may be compared
-    # with it as well, wherever their places in that table collide.
+    # Of a shape of its own: an equal model of another test, in the cache of `prefill`, may be
+    # compared with it as well, wherever their places in that table collide.
     config = LlamaConfig.from_dict(FIELDS | {"vocab_size": 29})
     model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
     done = {"__hash__": 0, "__eq__": 0}

@@ -5,10 +5,8 @@ import ctypes
 import dataclasses
 import functools
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
+import host_build
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +19,6 @@ from esparse_jax.models import _ffi_attention, llama
 from esparse_jax.models.cache import LayerCache
 from esparse_jax.models.llama import LlamaConfig, decode_attention, rotary_angles, rotary_attention
 from esparse_jax.models.random_model import random_model
-
-FFI = Path(__file__).parents[2] / "ffi"
-SOURCE = FFI / "cuda" / "testing" / "attention_on_host.cc"
 
 
 def _config(kv_heads: int, shared: int, features: int) -> LlamaConfig:
@@ -79,15 +74,8 @@ def _check(got, written, want, wanted, length, rounding):
 
 @pytest.fixture(scope="session")
 def on_host(tmp_path_factory):
-    compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
-    if compiler is None or not SOURCE.is_file():
-        pytest.skip("the kernel's source is built from the checkout with a C++ compiler")
     file = tmp_path_factory.mktemp("attention") / "attention.so"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{FFI}", str(SOURCE)]
-    done = subprocess.run([*command, "-o", str(file)], capture_output=True, encoding="utf-8")
-    if done.returncode != 0 and "_Float16" in done.stderr:
-        pytest.skip("this compiler has no _Float16")
-    assert done.returncode == 0, done.stderr
+    host_build.build(file, "cuda/testing/attention_on_host.cc")
     return ctypes.CDLL(str(file)).esparse_attend_on_host
 
 

@@ -8,6 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_cases import (
+    random_blob,
+    random_order,
+    random_x,
+    relative,
+    rounding,
+    slow_product,
+    variants,
+)
 
 from esparse_jax.sparse import (
     Blob24,
@@ -15,7 +24,6 @@ from esparse_jax.sparse import (
     _ffi_cuda,
     _ffi_cusparselt,
     blob24,
-    compress24,
     compressed24_of,
     decompress24,
     fused_matmul,
@@ -37,37 +45,19 @@ needs_build = pytest.mark.skipif(
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="JAX sees no NVIDIA GPU")
 
 
-def _blob(shape, dtype=jnp.float16, seed=0) -> Blob24:
-    rng = np.random.default_rng(seed)
-    out, channels = shape
-    kept = rng.permuted(np.tile([True, True, False, False], (out, channels // 4, 1)), axis=2)
-    weight = rng.standard_normal(shape) / np.sqrt(channels / 2) * kept.reshape(shape)
-    return blob24(compress24(jnp.asarray(weight, dtype)))
-
-
-def _x(rows, channels, dtype=jnp.float16, seed=0):
-    x = np.random.default_rng(seed + 100).standard_normal((rows, channels))
-    x[0, ::7] = -0.0
-    return jnp.asarray(x, dtype)
-
-
-def _order(size, seed=5):
-    return jnp.asarray(np.random.default_rng(seed).permutation(size).astype(np.int32))
-
-
 def _chain_operands(dtype, rows, *, shuffled, last, sizes=(128, 64, 256, 192)):
     """Operands of a chain: channels of the stream, features of attention, inner width, qkv."""
     channels, features, inner, qkv = sizes
-    gate, up = (compressed24_of(_blob((inner, channels), dtype, seed=s)) for s in (1, 2))
+    gate, up = (compressed24_of(random_blob((inner, channels), dtype, seed=s)) for s in (1, 2))
     weights = ChainWeights(
-        o=_blob((channels, features), dtype, seed=3),
+        o=random_blob((channels, features), dtype, seed=3),
         gate_up=blob24(interleave_gate_up(gate, up)),
-        down=_blob((channels, inner), dtype, seed=4),
-        qkv=None if last else _blob((qkv, channels), dtype, seed=5),
-        gate_up_places=_order(channels, 6) if shuffled else None,
-        qkv_places=_order(channels, 7) if shuffled else None,
+        down=random_blob((channels, inner), dtype, seed=4),
+        qkv=None if last else random_blob((qkv, channels), dtype, seed=5),
+        gate_up_places=random_order(channels, 6) if shuffled else None,
+        qkv_places=random_order(channels, 7) if shuffled else None,
     )
-    return _x(rows, features, dtype), _x(rows, channels, dtype, seed=1), weights
+    return random_x(rows, features, dtype), random_x(rows, channels, dtype, seed=1), weights
 
 
 def _lowered_for_cuda(function, *arguments) -> str:
@@ -80,7 +70,9 @@ def _lowered_for_cuda(function, *arguments) -> str:
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("rows", [1, 16])
 def test_few_rows_lower_to_the_decode_kernel(rows, dtype):
-    text = _lowered_for_cuda(sparse_matmul, _x(rows, 128, dtype), _blob((64, 128), dtype))
+    text = _lowered_for_cuda(
+        sparse_matmul, random_x(rows, 128, dtype), random_blob((64, 128), dtype)
+    )
     assert text.count(DECODE) == 1
     assert "dot_general" not in text
 
@@ -96,15 +88,15 @@ def no_library(monkeypatch):
 
 @needs_build
 def test_many_rows_lower_to_plain_jax(no_library):
-    text = _lowered_for_cuda(sparse_matmul, _x(17, 64), _blob((64, 64)))
+    text = _lowered_for_cuda(sparse_matmul, random_x(17, 64), random_blob((64, 64)))
     assert DECODE not in text
     assert "dot_general" in text
 
 
 @needs_build
 def test_leading_axes_and_vmap_become_rows_of_one_call():
-    blob = _blob((64, 64))
-    x = _x(12, 64).reshape(3, 2, 2, 64)
+    blob = random_blob((64, 64))
+    x = random_x(12, 64).reshape(3, 2, 2, 64)
     text = _lowered_for_cuda(jax.vmap(lambda x: sparse_matmul(x, blob)), x)
     assert text.count(DECODE) == 1
     assert "tensor<12x64xf16>" in text
@@ -113,7 +105,10 @@ def test_leading_axes_and_vmap_become_rows_of_one_call():
 @needs_build
 def test_an_mlp_lowers_to_one_call():
     text = _lowered_for_cuda(
-        lambda *a: sparse_mlp(*a, epsilon=1e-5), _x(4, 64), _blob((256, 64)), _blob((64, 128))
+        lambda *a: sparse_mlp(*a, epsilon=1e-5),
+        random_x(4, 64),
+        random_blob((256, 64)),
+        random_blob((64, 128)),
     )
     assert text.count(CHAIN) == 1
     assert "dot_general" not in text
@@ -123,8 +118,8 @@ def test_an_mlp_lowers_to_one_call():
 def test_a_permutation_takes_a_scratch_result():
     text = _lowered_for_cuda(
         lambda x, b, p: fused_matmul(x, b, permutation=p, norm_epsilon=1e-5),
-        _x(4, 64),
-        _blob((128, 64)),
+        random_x(4, 64),
+        random_blob((128, 64)),
         jnp.arange(64, dtype=jnp.int32),
     )
     assert text.count(DECODE) == 1
@@ -134,7 +129,10 @@ def test_a_permutation_takes_a_scratch_result():
 @needs_build
 def test_places_take_a_second_result():
     text = _lowered_for_cuda(
-        lambda x, b, p: fused_matmul(x, b, places=p), _x(4, 64), _blob((128, 64)), _order(128)
+        lambda x, b, p: fused_matmul(x, b, places=p),
+        random_x(4, 64),
+        random_blob((128, 64)),
+        random_order(128),
     )
     assert text.count(DECODE) == 1
     assert "-> (tensor<4x128xf16>, tensor<4x128xf16>)" in text
@@ -154,18 +152,20 @@ def test_a_chain_lowers_to_one_call(shuffled, last):
 @needs_build
 def test_the_kernel_is_refused_where_it_cannot_run():
     with pytest.raises(ValueError, match="1 to 16 rows; got 17"):
-        jax.eval_shape(lambda: sparse_matmul(_x(17, 64), _blob((64, 64)), backend="decode"))
+        jax.eval_shape(
+            lambda: sparse_matmul(random_x(17, 64), random_blob((64, 64)), backend="decode")
+        )
     with pytest.raises(TypeError, match="device form"):
-        sparse_matmul(_x(1, 64), compressed24_of(_blob((64, 64))), backend="decode")
+        sparse_matmul(random_x(1, 64), compressed24_of(random_blob((64, 64))), backend="decode")
     with pytest.raises(ValueError, match=r"plan has the fields .* got \['tile'\]"):
-        _ffi_cuda.decode(_x(1, 64), _blob((64, 64)).data, out=64, plan={"tile": 1})
+        _ffi_cuda.decode(random_x(1, 64), random_blob((64, 64)).data, out=64, plan={"tile": 1})
 
 
 def test_without_the_cuda_part_the_way_to_get_it_is_named(monkeypatch):
     monkeypatch.setattr(_ffi_cuda.native, "extension", lambda: None)
     assert not _ffi_cuda.decode_available()
     with pytest.raises(RuntimeError, match="ESPARSE_CUDA=ON"):
-        _ffi_cuda.decode(_x(1, 64), _blob((64, 64)).data, out=64)
+        _ffi_cuda.decode(random_x(1, 64), random_blob((64, 64)).data, out=64)
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def slow_paths(monkeypatch, caplog):
 
 @needs_build
 def test_the_kernel_logs_nothing(slow_paths):
-    jax.eval_shape(sparse_matmul, _x(16, 192), _blob((64, 192)))
+    jax.eval_shape(sparse_matmul, random_x(16, 192), random_blob((64, 192)))
     assert slow_paths() == []
 
 
@@ -189,9 +189,9 @@ def test_the_kernel_logs_nothing(slow_paths):
     ("rows", "form", "line"), [(17, blob24, "up to 16 rows"), (1, lambda c: c, "device form")]
 )
 def test_a_slow_path_on_the_gpu_is_logged_once(no_library, slow_paths, rows, form, line):
-    weight = form(compressed24_of(_blob((64, 192))))
+    weight = form(compressed24_of(random_blob((64, 192))))
     for more in (0, 1):
-        jax.eval_shape(sparse_matmul, _x(rows + more, 192), weight)
+        jax.eval_shape(sparse_matmul, random_x(rows + more, 192), weight)
     assert len(slow_paths()) == 1
     assert line in slow_paths()[0]
 
@@ -199,88 +199,41 @@ def test_a_slow_path_on_the_gpu_is_logged_once(no_library, slow_paths, rows, for
 # ---- plain twins: what the kernels are compared with on a GPU, and the path everywhere else
 
 
-def _slow_product(
-    x, blob, permutation=None, norm_epsilon=None, swiglu=False, residual=None, places=None
-):
-    """Float64 numpy, a formula at a time."""
-    x = np.asarray(x, np.float64)
-    weight = np.asarray(decompress24(compressed24_of(blob)), np.float64)
-    if norm_epsilon is not None:
-        x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + norm_epsilon)
-    if permutation is not None:
-        x = x[:, np.asarray(permutation)]
-    y = x @ weight.T
-    if swiglu:
-        rows = np.arange(y.shape[1])
-        gate, up = y[:, rows % 16 < 8], y[:, rows % 16 >= 8]
-        y = gate / (1 + np.exp(-gate)) * up
-    if residual is not None:
-        y = y + np.asarray(residual, np.float64)
-    if places is None:
-        return y
-    return np.stack([y, y[:, np.argsort(np.asarray(places))]])
-
-
-def _relative(got, want):
-    got = np.stack(got) if isinstance(got, tuple) else got
-    return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
-
-
-def _rounding(dtype):
-    """Error of rounding a result once, relative: uniform over half a unit in the last place."""
-    return float(jnp.finfo(dtype).eps) / np.sqrt(12)
-
-
-def _variants(rows, shape, dtype):
-    out, channels = shape
-    permutation = np.random.default_rng(5).permutation(channels).astype(np.int32)
-    residual = _x(rows, out, dtype, seed=7)
-    return [
-        {},
-        {"permutation": jnp.asarray(permutation)},
-        {"norm_epsilon": 1e-5, "residual": residual},
-        {"norm_epsilon": 1e-5, "swiglu": True},
-        {"norm_epsilon": 1e-2, "permutation": jnp.asarray(permutation), "residual": residual},
-        {"residual": residual, "places": _order(out)},
-        {"permutation": jnp.asarray(permutation), "places": _order(out), "norm_epsilon": 1e-5},
-    ]
-
-
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("function", [fused_matmul, fused_matmul_reference])
 def test_fused_product_follows_the_formulas(function, dtype):
     shape, rows = (128, 192), 5
-    blob, x = _blob(shape, dtype), _x(rows, shape[1], dtype)
-    for variant in _variants(rows, shape, dtype):
-        want = _slow_product(x, blob, **variant)
-        assert _relative(function(x, blob, **variant), want) < 1.5 * _rounding(dtype)
+    blob, x = random_blob(shape, dtype), random_x(rows, shape[1], dtype)
+    for variant in variants(rows, shape, dtype):
+        want = slow_product(x, blob, **variant)
+        assert relative(function(x, blob, **variant), want) < 1.5 * rounding(dtype)
 
 
 def test_mlp_follows_the_formulas():
-    gate, up = (compressed24_of(_blob((128, 64), seed=seed)) for seed in (1, 2))
-    gate_up, down = blob24(interleave_gate_up(gate, up)), _blob((64, 128), seed=3)
-    x = _x(3, 64)
-    hidden = _slow_product(x, gate_up, norm_epsilon=1e-5, swiglu=True)
-    want = _slow_product(hidden, down, residual=x)
+    gate, up = (compressed24_of(random_blob((128, 64), seed=seed)) for seed in (1, 2))
+    gate_up, down = blob24(interleave_gate_up(gate, up)), random_blob((64, 128), seed=3)
+    x = random_x(3, 64)
+    hidden = slow_product(x, gate_up, norm_epsilon=1e-5, swiglu=True)
+    want = slow_product(hidden, down, residual=x)
     for function in (sparse_mlp, sparse_mlp_reference):
-        assert _relative(function(x, gate_up, down, epsilon=1e-5), want) < 3 * _rounding(x.dtype)
+        assert relative(function(x, gate_up, down, epsilon=1e-5), want) < 3 * rounding(x.dtype)
 
 
 def _slow_chain(attended, hidden, weights, epsilon):
-    hidden = _slow_product(attended, weights.o, residual=hidden)
+    hidden = slow_product(attended, weights.o, residual=hidden)
 
     def ordered(places):
         return None if places is None else np.argsort(np.asarray(places))
 
     order = ordered(weights.gate_up_places)
-    inner = _slow_product(
+    inner = slow_product(
         hidden, weights.gate_up, permutation=order, norm_epsilon=epsilon, swiglu=True
     )
-    hidden = _slow_product(inner, weights.down, residual=hidden)
+    hidden = slow_product(inner, weights.down, residual=hidden)
     if weights.qkv is None:
         return hidden, None
     order = ordered(weights.qkv_places)
-    return hidden, _slow_product(hidden, weights.qkv, permutation=order, norm_epsilon=epsilon)
+    return hidden, slow_product(hidden, weights.qkv, permutation=order, norm_epsilon=epsilon)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -291,17 +244,17 @@ def test_chain_follows_the_formulas(shuffled, last, dtype):
     want, want_qkv = _slow_chain(attended, hidden, weights, 1e-5)
     for function in (sparse_chain, sparse_chain_reference):
         got, qkv = function(attended, hidden, weights, epsilon=1e-5)
-        assert _relative(got, want) < 4 * _rounding(dtype)
+        assert relative(got, want) < 4 * rounding(dtype)
         assert (qkv is None) == last
         if not last:
-            assert _relative(qkv, want_qkv) < 4 * _rounding(dtype)
+            assert relative(qkv, want_qkv) < 4 * rounding(dtype)
 
 
 def test_a_chain_that_does_not_fit_is_named():
     attended, hidden, weights = _chain_operands(jnp.float16, 3, shuffled=True, last=False)
     with pytest.raises(ValueError, match=r"residual must be \[row, out\] = \[3, 128\]"):
         sparse_chain(attended, hidden[:, :64], weights, epsilon=1e-5)
-    wrong = dataclasses.replace(weights, qkv_places=_order(64))
+    wrong = dataclasses.replace(weights, qkv_places=random_order(64))
     with pytest.raises(ValueError, match="each of the 128 channels"):
         sparse_chain(attended, hidden, wrong, epsilon=1e-5)
     wrong = dataclasses.replace(weights, down=weights.o)
@@ -330,12 +283,12 @@ def test_a_chain_that_does_not_fit_is_named():
 )
 def test_fused_product_names_what_does_not_fit(arguments, error, match):
     with pytest.raises(error, match=match):
-        fused_matmul(_x(2, 64), _blob((128, 64)), **arguments)
+        fused_matmul(random_x(2, 64), random_blob((128, 64)), **arguments)
 
 
 def test_an_mlp_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"need down of shape \(64, 128\)"):
-        sparse_mlp(_x(2, 64), _blob((256, 64)), _blob((128, 64)), epsilon=1e-5)
+        sparse_mlp(random_x(2, 64), random_blob((256, 64)), random_blob((128, 64)), epsilon=1e-5)
 
 
 # ---- on an NVIDIA GPU
@@ -347,12 +300,12 @@ def test_an_mlp_that_does_not_fit_is_named():
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 64), (192, 128), (128, 192), (2304, 448), (4096, 1792)])
 def test_kernel_is_exact_to_the_rounding(shape, dtype):
-    blob = _blob(shape, dtype)
+    blob = random_blob(shape, dtype)
     for rows in (1, 3, 8, 9, 16):
-        x = _x(rows, shape[1], dtype)
-        for variant in _variants(rows, shape, dtype):
+        x = random_x(rows, shape[1], dtype)
+        for variant in variants(rows, shape, dtype):
             got = jax.jit(functools.partial(fused_matmul, **variant))(x, blob)
-            assert _relative(got, _slow_product(x, blob, **variant)) < 1.5 * _rounding(dtype)
+            assert relative(got, slow_product(x, blob, **variant)) < 1.5 * rounding(dtype)
 
 
 @pytest.mark.gpu
@@ -360,7 +313,7 @@ def test_kernel_is_exact_to_the_rounding(shape, dtype):
 @needs_build
 def test_every_plan_gives_the_same_product():
     shape = (2304, 448)
-    blob = _blob(shape)
+    blob = random_blob(shape)
     plans = [
         {"tiles": t, "warps": w, "blocks": b, "interleave": i, "resident": r}
         for t in (1, 2, 3, 4)
@@ -369,21 +322,21 @@ def test_every_plan_gives_the_same_product():
         for r in (1, 2)
     ]
     for rows in (1, 16):
-        x = _x(rows, shape[1])
+        x = random_x(rows, shape[1])
         results = jax.jit(
             lambda x, data: [_ffi_cuda.decode(x, data, out=2304, plan=plan)[0] for plan in plans]
         )(x, blob.data)
-        want = _slow_product(x, blob)
+        want = slow_product(x, blob)
         for plan, got in zip(plans, results, strict=True):
-            assert _relative(got, want) < 1.5 * _rounding(x.dtype), plan
+            assert relative(got, want) < 1.5 * rounding(x.dtype), plan
 
 
 @pytest.mark.gpu
 @needs_gpu
 @needs_build
 def test_mlp_in_one_call_equals_two_calls_bit_for_bit():
-    gate_up, down = _blob((1024, 256), seed=1), _blob((256, 512), seed=2)
-    x = _x(4, 256)
+    gate_up, down = random_blob((1024, 256), seed=1), random_blob((256, 512), seed=2)
+    x = random_x(4, 256)
 
     @jax.jit
     def both(x):
@@ -407,8 +360,8 @@ def test_chain_on_the_gpu(rows, dtype):
         operands = _chain_operands(dtype, rows, shuffled=shuffled, last=last, sizes=sizes)
         want, want_qkv = _slow_chain(*operands, 1e-5)
         got, qkv = jax.jit(functools.partial(sparse_chain, epsilon=1e-5))(*operands)
-        assert _relative(got, want) < 4 * _rounding(dtype)
-        assert last or _relative(qkv, want_qkv) < 4 * _rounding(dtype)
+        assert relative(got, want) < 4 * rounding(dtype)
+        assert last or relative(qkv, want_qkv) < 4 * rounding(dtype)
 
 
 @pytest.mark.gpu
@@ -449,8 +402,8 @@ def test_many_steps_with_overlap_give_the_same_bits(prefetch):
 @needs_gpu
 @needs_build
 def test_a_weight_made_in_the_same_computation_is_read_when_it_is_there():
-    ones, others = _blob((4096, 1024), seed=1), _blob((4096, 1024), seed=2)
-    x = _x(1, 1024)
+    ones, others = random_blob((4096, 1024), seed=1), random_blob((4096, 1024), seed=2)
+    x = random_x(1, 1024)
     want = [np.asarray(sparse_matmul(x, blob)) for blob in (ones, others)]
 
     @jax.jit
@@ -473,9 +426,9 @@ def test_a_weight_made_in_the_same_computation_is_read_when_it_is_there():
 @needs_gpu
 @needs_build
 def test_infinity_and_nan_reach_the_outputs_that_keep_their_channel():
-    blob = _blob((64, 64))
+    blob = random_blob((64, 64))
     dense = np.asarray(decompress24(compressed24_of(blob)))
-    x = _x(2, 64).at[0, 3].set(jnp.inf).at[1, 5].set(jnp.nan)
+    x = random_x(2, 64).at[0, 3].set(jnp.inf).at[1, 5].set(jnp.nan)
     y = np.asarray(sparse_matmul(x, blob, backend="decode"))
     np.testing.assert_array_equal(np.isinf(y[0]), dense[:, 3] != 0)
     np.testing.assert_array_equal(np.isnan(y[1]), dense[:, 5] != 0)

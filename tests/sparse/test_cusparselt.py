@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fake_cusparselt
+import host_build
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -789,7 +790,7 @@ def test_where_no_gpu_is_current_it_is_the_first(tmp_path):
     library = fake_cusparselt.build(tmp_path, REAL_SONAME)
     driver, source = tmp_path / "libcuda.so.1", tmp_path / "driver.cc"
     source.write_text(DRIVER)
-    command = [fake_cusparselt.compiler(), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    command = [host_build.compiler(), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
     subprocess.run([*command, str(source), "-o", str(driver)], check=True, timeout=300)
     program = """
         import ctypes, sys
@@ -922,14 +923,14 @@ def test_the_declarations_are_those_of_the_header(tmp_path):
     headers = [folder for folder in headers if (folder / "cusparseLt.h").is_file()]
     if not headers:
         pytest.skip("the wheel of cuSPARSELt, which brings its header, is not installed")
-    source = fake_cusparselt.SOURCE.with_name("abi_check.cc")
+    source = host_build.FFI / "cusparselt" / "testing" / "abi_check.cc"
     found = [Path("/usr/local/cuda/include"), *headers[0].parents[0].glob("**/include")]
     found += [folder.parents[1] / "cuda_runtime" / "include" for folder in headers]
     toolkit = [folder for folder in found if (folder / "driver_types.h").is_file()]
     if not toolkit:
         pytest.skip("the header of cuSPARSELt includes those of the CUDA toolkit: there is none")
-    includes = [f"-I{folder}" for folder in (fake_cusparselt.FFI, headers[0], *toolkit)]
-    command = [fake_cusparselt.compiler(), "-std=c++17", "-fsyntax-only", *includes, str(source)]
+    includes = [f"-I{folder}" for folder in (host_build.FFI, headers[0], *toolkit)]
+    command = [host_build.compiler(), "-std=c++17", "-fsyntax-only", *includes, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if "cusparse.h: No such file" in done.stderr:
         pytest.skip("up to 0.9.1 the header includes cusparse.h, which is not installed")

@@ -1,16 +1,12 @@
-// The kernel of attention_kernel.h run on the host, for tests where no GPU is: its threads are
-// fibers that take turns, and change at every exchange and barrier. Built by the tests.
-#include <ucontext.h>
-
+// The kernel of attention_kernel.h run on the host. Built by the tests.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
 #include <type_traits>
-#include <utility>
 #include <vector>
+
+#include "cuda/testing/fibers.h"
 
 #define ESPARSE_DEVICE inline
 #define ESPARSE_UNROLL
@@ -19,28 +15,14 @@
 namespace esparse::cuda {
 namespace {
 
-constexpr int kWarpThreads = 32;
-constexpr size_t kStackBytes = 128 << 10;
+// What the kernel needs of a device.
+class Host {
+ public:
+  explicit Host(Fiber& fiber) : fiber_(fiber) {}
 
-// Where so many threads wait for each other.
-struct Meeting {
-  int expected = 0, arrived = 0;
-  int64_t times = 0;
-};
-
-struct Cluster;
-
-// One thread, and what the kernel asks of it.
-struct Fiber {
-  Cluster* cluster;
-  int block, thread;  // block: of the grid
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  bool done = false;
-
-  int Thread() const { return thread; }
-  int Block() const { return block; }
-  void WaitForPrevious();
+  int Thread() const { return fiber_.Thread(); }
+  int Block() const { return fiber_.Block(); }
+  void WaitForPrevious() { fiber_.WaitForPrevious(); }
   void LetNextStart() const {}
   int Load(const int32_t* from) const { return *from; }
   Eight Load(const Eight* from) const { return *from; }
@@ -56,117 +38,17 @@ struct Fiber {
     for (int i = 0; i < 8; ++i) wide[i] = Widen(numbers[i]);
   }
   float Exp2(float x) const { return std::exp2(x); }
-  float Exchange(float x, int offset);
-  void SyncBlock();
-  void SyncCluster();
-  float LoadFrom(int rank, const float* place) const;
-  void Meet(Meeting* meeting);
+  float Exchange(float x, int offset) { return fiber_.Exchange(x, offset); }
+  void SyncBlock() { fiber_.SyncBlock(); }
+  void SyncCluster() { fiber_.SyncCluster(); }
+  float LoadFrom(int rank, const float* place) const {
+    const size_t at = reinterpret_cast<const char*>(place) - fiber_.Shared(fiber_.Rank()).data();
+    return *reinterpret_cast<const float*>(fiber_.Shared(rank).data() + at);
+  }
+
+ private:
+  Fiber& fiber_;
 };
-
-struct Cluster {
-  ucontext_t scheduler;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<float> exchanged;        // a number for each fiber
-  std::vector<Meeting> warps, blocks;  // of this cluster
-  Meeting all;
-  std::vector<std::vector<char>> shared;  // memory of each block
-  std::vector<int> running;               // fibers of each block
-  int64_t steps = 0;                      // arrivals and ends so far
-  std::function<void()> previous;         // what the kernel before writes, at its end
-  std::function<void(Fiber*)> body;
-  int block_threads = 0;
-};
-
-void Fiber::Meet(Meeting* meeting) {
-  const int64_t time = meeting->times;
-  ++cluster->steps;
-  if (++meeting->arrived == meeting->expected) {
-    meeting->arrived = 0;
-    ++meeting->times;
-  }
-  while (meeting->times == time) swapcontext(&context, &cluster->scheduler);
-}
-
-int Rank(const Fiber& fiber) {
-  return fiber.block % static_cast<int>(fiber.cluster->blocks.size());
-}
-
-float Fiber::Exchange(float x, int offset) {
-  const int me = Rank(*this) * cluster->block_threads + thread;
-  Meeting* warp = &cluster->warps[me / kWarpThreads];
-  cluster->exchanged[me] = x;
-  Meet(warp);
-  const float other = cluster->exchanged[me ^ offset];
-  Meet(warp);
-  return other;
-}
-
-void Fiber::WaitForPrevious() {
-  Meet(&cluster->all);  // until then all have what was there before
-  if (cluster->previous) cluster->previous();
-  cluster->previous = nullptr;
-}
-
-void Fiber::SyncBlock() { Meet(&cluster->blocks[Rank(*this)]); }
-void Fiber::SyncCluster() { Meet(&cluster->all); }
-
-float Fiber::LoadFrom(int rank, const float* place) const {
-  const size_t at = reinterpret_cast<const char*>(place) - cluster->shared[Rank(*this)].data();
-  return *reinterpret_cast<const float*>(cluster->shared[rank].data() + at);
-}
-
-void Enter(unsigned high, unsigned low) {
-  auto* fiber = reinterpret_cast<Fiber*>((static_cast<uintptr_t>(high) << 32) | low);
-  Cluster* cluster = fiber->cluster;
-  cluster->body(fiber);
-  fiber->done = true;
-  ++cluster->steps;
-  // A block that has ended has no memory that others could read.
-  std::vector<char>& shared = cluster->shared[Rank(*fiber)];
-  if (--cluster->running[Rank(*fiber)] == 0) std::fill(shared.begin(), shared.end(), '\xff');
-  setcontext(&fiber->cluster->scheduler);
-}
-
-// False where threads wait for others that never come.
-bool Run(int first_block, int blocks, int block_threads, size_t shared_bytes,
-         std::function<void()> previous, std::function<void(Fiber*)> body) {
-  Cluster cluster;
-  cluster.body = std::move(body);
-  cluster.previous = std::move(previous);
-  cluster.block_threads = block_threads;
-  cluster.running.assign(blocks, cluster.block_threads);
-  const int threads = blocks * cluster.block_threads;
-  cluster.exchanged.resize(threads);
-  cluster.warps.assign(threads / kWarpThreads, {kWarpThreads});
-  cluster.blocks.assign(blocks, {cluster.block_threads});
-  cluster.all.expected = threads;
-  cluster.shared.assign(blocks, std::vector<char>(shared_bytes, '\x7f'));  // what memory may hold
-  for (int i = 0; i < threads; ++i) {
-    auto fiber = std::make_unique<Fiber>();
-    fiber->cluster = &cluster;
-    fiber->block = first_block + i / cluster.block_threads;
-    fiber->thread = i % cluster.block_threads;
-    fiber->stack = std::make_unique<char[]>(kStackBytes);
-    getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = fiber->stack.get();
-    fiber->context.uc_stack.ss_size = kStackBytes;
-    const auto address = reinterpret_cast<uintptr_t>(fiber.get());
-    makecontext(&fiber->context, reinterpret_cast<void (*)()>(Enter), 2,
-                static_cast<unsigned>(address >> 32), static_cast<unsigned>(address));
-    cluster.fibers.push_back(std::move(fiber));
-  }
-  for (bool running = true; running;) {
-    running = false;
-    const int64_t before = cluster.steps;
-    for (auto& fiber : cluster.fibers) {
-      if (fiber->done) continue;
-      running = true;
-      swapcontext(&cluster.scheduler, &fiber->context);
-    }
-    if (running && cluster.steps == before) return false;
-  }
-  return true;
-}
 
 // What the kernel before gives this one. Until it has ended there is something else in its place.
 struct Given {
@@ -191,18 +73,19 @@ bool AttendAll(const Given& given, int32_t early_length, void* keys, void* value
       seen.length = given.length;
       std::copy(given.start.begin(), given.start.end(), seen.start.begin());
     };
-    const bool ended =
-        Run(matrix * kCluster, kCluster, kAttentionThreads<kCluster>, sizeof(Shared), previous,
-            [&](Fiber* fiber) {
-              auto* shared = reinterpret_cast<Shared*>(fiber->cluster->shared[Rank(*fiber)].data());
-              Attend<Fiber, _Float16, kFeatures, kShared, kCluster>(
-                  *fiber, *shared, reinterpret_cast<const _Float16*>(seen.projected.data()),
-                  static_cast<_Float16*>(keys), static_cast<_Float16*>(values),
-                  reinterpret_cast<const float*>(seen.cosines.data()),
-                  reinterpret_cast<const float*>(seen.sines.data()), &seen.length,
-                  seen.start.data(), places, static_cast<_Float16*>(attended), args);
-            });
-    if (!ended) return false;
+    const auto attend = [&](Fiber& fiber) {
+      Host host(fiber);
+      auto* shared = reinterpret_cast<Shared*>(fiber.Shared(fiber.Rank()).data());
+      Attend<Host, _Float16, kFeatures, kShared, kCluster>(
+          host, *shared, reinterpret_cast<const _Float16*>(seen.projected.data()),
+          static_cast<_Float16*>(keys), static_cast<_Float16*>(values),
+          reinterpret_cast<const float*>(seen.cosines.data()),
+          reinterpret_cast<const float*>(seen.sines.data()), &seen.length, seen.start.data(),
+          places, static_cast<_Float16*>(attended), args);
+    };
+    const Cluster cluster = {kCluster, kAttentionThreads<kCluster>, sizeof(Shared), previous,
+                             attend,   /*uneven=*/matrix % 2 == 1};
+    if (!Running(cluster, matrix * kCluster).ToTheEnd()) return false;
   }
   return true;
 }
