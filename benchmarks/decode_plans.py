@@ -37,6 +37,8 @@ class Options:
     """OUTxCHANNEL, multiples of 64."""
     rows: tuple[int, ...] = (1, 8, 16)
     dtype: str = "float16"
+    teams: tuple[int, ...] = (1, 2, 4)
+    """Of warps that share x."""
     prefetch: bool = True
     rotate_mb: int = 300
     replays: int = 3
@@ -79,7 +81,7 @@ def main(options: Options) -> None:
                 )
 
             figures = []
-            for plan in decode_plans():
+            for plan in decode_plans(teams=options.teams):
                 try:
                     figures.append((microseconds(plan), plan))
                 except RuntimeError:
@@ -103,6 +105,7 @@ def main(options: Options) -> None:
                     "channels": channels,
                     "rows": rows,
                     **plan,
+                    "teams": plan.get("teams", 1),
                     "microseconds": round(t, 3),
                 }
                 for t, plan in figures

@@ -27,6 +27,7 @@ PLAN_VALUES = {
     "interleave": (1, 2),
     "depth": tuple(range(1, 9)),
     "resident": (1, 2),
+    "teams": (1, 2, 4),
 }
 PLAN_FIELDS = tuple(PLAN_VALUES)
 

@@ -123,12 +123,20 @@ class Candidate(NamedTuple):
         return {"kind": self.kind, **self._choices()}
 
 
-def decode_plans() -> list[dict[str, int]]:
-    """All plans of the decode kernel that can differ: 80."""
+def decode_plans(*, teams: Sequence[int] = (1,)) -> list[dict[str, int]]:
+    """All plans of the decode kernel that can differ: 80 for one team, 144 for up to 4.
+
+    A search takes one team: more have not been timed yet.
+    """
     fields = ("tiles", "warps", "blocks", "interleave", "resident")
     values = itertools.product(*(_ffi_cuda.PLAN_VALUES[field] for field in fields))
     plans = [dict(zip(fields, value, strict=True)) for value in values]
-    return [plan for plan in plans if plan["warps"] * plan["blocks"] <= 16]
+    return [
+        plan if each == 1 else plan | {"teams": each}
+        for each in teams
+        for plan in plans
+        if plan["warps"] * plan["blocks"] <= 16 and plan["warps"] >= 4 * each
+    ]
 
 
 def library_algorithms(

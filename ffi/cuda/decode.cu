@@ -72,8 +72,8 @@ cudaError_t PrepareOn(const Device& device, const Product& product, const Plan& 
   }
   cut.args.prefetch = start == Start::kPrefetch;
   const DecodeKernel kernel = product.dtype == Dtype::kFloat16
-                                  ? FindFloat16(cut.columns, cut.tiles)
-                                  : FindBfloat16(cut.columns, cut.tiles);
+                                  ? FindFloat16(cut.columns, cut.tiles, cut.teams > 1)
+                                  : FindBfloat16(cut.columns, cut.tiles, cut.teams > 1);
   launch->name = kernel.name;
   launch->function = reinterpret_cast<const void*>(kernel.function);
   launch->grid = cut.grid;

@@ -36,6 +36,10 @@ class DecodeGpu {
   ESPARSE_DEVICE void LetNextStart() const { cuda::LetNextStart(); }
   ESPARSE_DEVICE void SyncWarp() const { __syncwarp(); }
   ESPARSE_DEVICE void SyncBlock() const { __syncthreads(); }
+  // The warps of a group, one of each team.
+  ESPARSE_DEVICE void SyncTeams(int group, int teams) const {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(32 * teams) : "memory");
+  }
   // The value of the lane whose number differs in the bit `offset`.
   ESPARSE_DEVICE float Exchange(float x, int offset) const {
     return __shfl_xor_sync(0xffffffffu, x, offset);
@@ -160,32 +164,38 @@ class DecodeGpu {
   uint64_t read_once_, kept_;  // policies of the second-level cache
 };
 
-// The instances of one dtype. They are extern "C", so that a loaded cubin can be asked for them.
-#define ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, TILES)                                          \
-  extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1) NAME##_##COLUMNS##_##TILES(   \
-      const uint8_t* blob, const void* x, const void* residual, const int32_t* places, void* y, \
-      void* scattered, const __grid_constant__ KernelArgs args) {                               \
-    extern __shared__ __align__(1024) uint8_t shared[];                                         \
-    DecodeGpu gpu(shared);                                                                      \
-    Decode<DecodeGpu, T, COLUMNS, TILES>(gpu, blob, static_cast<const T*>(x),                   \
-                                         static_cast<const T*>(residual), places,               \
-                                         static_cast<T*>(y), static_cast<T*>(scattered), args); \
+// The instances of one dtype, NAME_<columns>_<tiles>, and with _shared where teams share x. They
+// are extern "C", so that a loaded cubin can be asked for them.
+#define ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, TILES, SHARES)                              \
+  extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1)                           \
+      NAME(const uint8_t* blob, const void* x, const void* residual, const int32_t* places, \
+           void* y, void* scattered, const __grid_constant__ KernelArgs args) {             \
+    extern __shared__ __align__(1024) uint8_t shared[];                                     \
+    DecodeGpu gpu(shared);                                                                  \
+    Decode<DecodeGpu, T, COLUMNS, TILES, SHARES>(                                           \
+        gpu, blob, static_cast<const T*>(x), static_cast<const T*>(residual), places,       \
+        static_cast<T*>(y), static_cast<T*>(scattered), args);                              \
   }
+#define ESPARSE_DECODE_BOTH(NAME, T, COLUMNS, TILES)                          \
+  ESPARSE_DECODE_KERNEL(NAME##_##COLUMNS##_##TILES, T, COLUMNS, TILES, false) \
+  ESPARSE_DECODE_KERNEL(NAME##_##COLUMNS##_##TILES##_shared, T, COLUMNS, TILES, true)
 #define ESPARSE_DECODE_COLUMNS(NAME, T, COLUMNS) \
-  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 1)     \
-  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 2)     \
-  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 3)     \
-  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 4)
-#define ESPARSE_DECODE_ENTRY(NAME, COLUMNS, TILES) \
-  {NAME##_##COLUMNS##_##TILES, #NAME "_" #COLUMNS "_" #TILES}
-#define ESPARSE_DECODE_ENTRIES(NAME, COLUMNS)                                      \
-  {ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 1), ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 2), \
-   ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 3), ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 4)}
-#define ESPARSE_DECODE_INSTANCES(NAME, T)                                                 \
-  ESPARSE_DECODE_COLUMNS(NAME, T, 1)                                                      \
-  ESPARSE_DECODE_COLUMNS(NAME, T, 2)                                                      \
-  constexpr DecodeKernel NAME##_kernels[2][kMaxTiles] = {ESPARSE_DECODE_ENTRIES(NAME, 1), \
-                                                         ESPARSE_DECODE_ENTRIES(NAME, 2)}
+  ESPARSE_DECODE_BOTH(NAME, T, COLUMNS, 1)       \
+  ESPARSE_DECODE_BOTH(NAME, T, COLUMNS, 2)       \
+  ESPARSE_DECODE_BOTH(NAME, T, COLUMNS, 3)       \
+  ESPARSE_DECODE_BOTH(NAME, T, COLUMNS, 4)
+#define ESPARSE_DECODE_ENTRY(NAME) {NAME, #NAME}
+#define ESPARSE_DECODE_ENTRIES(NAME, COLUMNS, SUFFIX)  \
+  {ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_1##SUFFIX), \
+   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_2##SUFFIX), \
+   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_3##SUFFIX), \
+   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_4##SUFFIX)}
+#define ESPARSE_DECODE_INSTANCES(NAME, T)                                     \
+  ESPARSE_DECODE_COLUMNS(NAME, T, 1)                                          \
+  ESPARSE_DECODE_COLUMNS(NAME, T, 2)                                          \
+  constexpr DecodeKernel NAME##_kernels[2][2][kMaxTiles] = {                  \
+      {ESPARSE_DECODE_ENTRIES(NAME, 1, ), ESPARSE_DECODE_ENTRIES(NAME, 2, )}, \
+      {ESPARSE_DECODE_ENTRIES(NAME, 1, _shared), ESPARSE_DECODE_ENTRIES(NAME, 2, _shared)}}
 
 }  // namespace esparse::cuda
 

@@ -20,34 +20,41 @@ bool MakeCut(const Product& product, const Plan& plan, const Multiprocessors& de
 
   cut->columns = args.rows <= 8 ? 1 : 2;
   cut->tiles = plan.tiles;
+  cut->teams = plan.teams;
   cut->warps = plan.warps;
   const int all_tiles = args.out / kTileRows;
   cut->grid = std::min(device.count * plan.blocks, all_tiles);
   args.block_tiles = all_tiles / cut->grid;
   args.block_tiles_extra = all_tiles % cut->grid;
+  const int groups = plan.warps / plan.teams;
+  args.group_bits = 0;
+  while (1 << args.group_bits < groups) ++args.group_bits;
   args.units = CeilDiv(args.channels, kUnitChannels);
-  args.warp_units = args.units / plan.warps;
-  args.warp_units_extra = args.units % plan.warps;
+  args.group_units = args.units / groups;
+  args.group_units_extra = args.units % groups;
 
-  const int most_units = CeilDiv(args.units, plan.warps);
-  const int passes = CeilDiv(CeilDiv(all_tiles, cut->grid), plan.tiles);
+  const int most_units = CeilDiv(args.units, groups);
+  const int passes = CeilDiv(CeilDiv(all_tiles, cut->grid), plan.tiles * plan.teams);
   const int x_piece = args.rows * kUnitRowBytes;
-  const int slot = plan.tiles * kUnitBytes + (args.resident ? 0 : x_piece);
-  const int x_bytes = args.resident ? most_units * x_piece : 0;
+  // Of the ring, for each piece that is under way; one team has x in it, teams that share x have a
+  // ring of x of their own with one place more.
+  const bool passes_by = !args.resident, shares = plan.teams > 1;
+  const int depth_bytes = plan.warps * plan.tiles * kUnitBytes + (passes_by ? groups * x_piece : 0);
+  const int x_bytes = groups * x_piece * (passes_by ? shares : most_units);
   const int sums = plan.warps * plan.tiles * cut->columns * 32 * 16;
-  const int squares = plan.warps * cut->columns * 8 * 4;
+  const int squares = groups * cut->columns * 8 * 4;
   const int capacity = device.Capacity(plan.blocks);
   for (const bool two_sums : {true, false}) {
     // Two buffers for the sums save a barrier after each pass; not at the price of a short ring.
     args.sums_toggle = two_sums && passes > 1 ? sums : 0;
-    const int fixed = sums + args.sums_toggle + squares + plan.warps * x_bytes;
-    const int fit = (capacity - fixed) / (plan.warps * slot);
+    const int fixed = sums + args.sums_toggle + squares + x_bytes;
+    const int fit = (capacity - fixed) / depth_bytes;
     int depth = std::min({fit, kMaxDepth, most_units * passes});
     if (plan.depth > 0) depth = std::min(depth, plan.depth);
     if (two_sums && passes > 1 && depth < 3) continue;
     if (depth < 1) return false;
     args.depth = depth;
-    cut->shared = fixed + plan.warps * depth * slot;
+    cut->shared = fixed + depth * depth_bytes;
     return true;
   }
   return false;
@@ -57,7 +64,7 @@ bool MakeCut(const Product& product, const Plan& plan, const Multiprocessors& de
 // so many channels.
 struct Rule {
   int rows, tiles, channels;
-  Plan plan;  // tiles, warps, blocks, interleave, depth (as many as fit), resident
+  Plan plan;  // tiles, warps, blocks, interleave, depth (as many as fit), resident; one team
 };
 constexpr int kAny = 1 << 30;
 constexpr int kLongRow = 7168;
@@ -102,6 +109,7 @@ Plan Choose(const Product& product, const Plan& given, const Multiprocessors& de
   prefer(given.interleave, &plan.interleave);
   prefer(given.depth, &plan.depth);
   prefer(given.resident, &plan.resident);
+  plan.teams = std::max(given.teams, 1);
   return plan;
 }
 
@@ -113,11 +121,14 @@ int Multiprocessors::Capacity(int blocks) const {
 
 bool FitCut(const Product& product, const Plan& given, const Multiprocessors& device, Cut* cut) {
   Plan plan = Choose(product, given, device);
+  const auto limit_teams = [&] { plan.teams = std::min(plan.teams, plan.warps / kMinGroups); };
+  limit_teams();
   while (!MakeCut(product, plan, device, cut)) {
     if (plan.resident == 1) {
       plan.resident = 2;
-    } else if (plan.warps > kMinWarps) {
+    } else if (plan.warps > kMinGroups) {
       plan.warps /= 2;
+      limit_teams();
     } else if (plan.tiles > 1) {
       --plan.tiles;
     } else {

@@ -36,14 +36,16 @@ struct Product {
 // How the work is cut. Zero chooses by the shape and the device.
 struct Plan {
   int32_t tiles = 0;       // 1..4 tiles of 16 outputs that a warp computes at a time
-  int32_t warps = 0;       // 4, 8 or 16: they share the channels of a tile
+  int32_t warps = 0;       // of a block: 4, 8 or 16; those of a team share the channels of a tile
   int32_t blocks = 0;      // per multiprocessor, 1 or 2
   int32_t interleave = 0;  // 1: a warp's channels are strewn, 2: they are a run
   int32_t depth = 0;       // 1..8 pieces of W a warp has under way, at most
   int32_t resident = 0;    // 1: x stays in shared memory for all tiles, 2: it passes with W
+  int32_t teams = 0;  // 1, 2 or 4, of at least 4 warps: they compute different tiles at a time, and
+                      // read x once for all of them; as many as the warps suffice for
 };
 
-constexpr int kPlanFields = 6;
+constexpr int kPlanFields = 7;
 
 // What a plan has to fit on.
 struct Multiprocessors {
@@ -57,7 +59,7 @@ struct Multiprocessors {
 // The kernel's cut of one product, and the shared memory it takes.
 struct Cut {
   KernelArgs args;
-  int columns, tiles, warps, grid, shared;
+  int columns, tiles, teams, warps, grid, shared;
 };
 
 // The cut of a product by a plan, its zeros filled in. Where shared memory does not suffice, on

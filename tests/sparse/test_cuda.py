@@ -37,7 +37,7 @@ from esparse_jax.sparse import (
 )
 from esparse_jax.sparse import matmul as matmul_file
 
-DECODE, CHAIN = "esparse_decode24_cuda_v2", "esparse_chain24_cuda_v1"
+DECODE, CHAIN = "esparse_decode24_cuda_v3", "esparse_chain24_cuda_v2"
 
 needs_build = pytest.mark.skipif(
     not _ffi_cuda.decode_available(), reason="the extension was built without its CUDA part"
@@ -315,9 +315,9 @@ def test_every_plan_gives_the_same_product():
     shape = (2304, 448)
     blob = random_blob(shape)
     plans = [
-        {"tiles": t, "warps": w, "blocks": b, "interleave": i, "resident": r}
+        {"tiles": t, "warps": w, "blocks": b, "teams": n, "interleave": i, "resident": r}
         for t in (1, 2, 3, 4)
-        for w, b in ((4, 2), (8, 1), (16, 1))
+        for w, b, n in ((4, 2, 1), (8, 1, 1), (16, 1, 1), (8, 2, 2), (16, 1, 2), (16, 1, 4))
         for i in (1, 2)
         for r in (1, 2)
     ]

@@ -37,6 +37,7 @@ class Used(NamedTuple):
     blocks: int
     depth: int
     resident: int
+    teams: int
 
 
 @pytest.fixture(scope="session")
@@ -102,16 +103,21 @@ def test_the_kernels_source_computes_the_product(on_host, shape, dtype, rows):
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4])
-@pytest.mark.parametrize(("warps", "blocks"), [(4, 2), (8, 1), (16, 1)])
+@pytest.mark.parametrize(
+    ("warps", "blocks", "teams"),
+    [(4, 2, 1), (8, 1, 1), (16, 1, 1), (8, 2, 2), (16, 1, 2), (16, 1, 4)],
+)
 @pytest.mark.parametrize("interleave", [1, 2])
 @pytest.mark.parametrize("resident", [1, 2])
-def test_every_plan_gives_the_same_product(on_host, tiles, warps, blocks, interleave, resident):
+def test_every_plan_gives_the_same_product(
+    on_host, tiles, warps, blocks, teams, interleave, resident
+):
     shape = (320, 448)
     blob = random_blob(shape)
     plan = dict(
         zip(
-            ("tiles", "warps", "blocks", "interleave", "resident"),
-            (tiles, warps, blocks, interleave, resident),
+            ("tiles", "warps", "blocks", "teams", "interleave", "resident"),
+            (tiles, warps, blocks, teams, interleave, resident),
             strict=True,
         )
     )
@@ -120,18 +126,37 @@ def test_every_plan_gives_the_same_product(on_host, tiles, warps, blocks, interl
         status, got, used = _run(on_host, x, blob, plan, HOPPER, late=late)
         assert status == 0
         assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
-        if (tiles, warps, rows) != (4, 16, 16):  # too large for a block
-            assert (used.tiles, used.warps, used.resident) == (tiles, warps, int(resident == 1))
+        if (tiles, warps * blocks, rows) != (4, 16, 16):  # may be too large for a block
+            expected = (tiles, warps, teams, int(resident == 1))
+            assert (used.tiles, used.warps, used.teams, used.resident) == expected
         assert used.blocks == min(HOPPER.count * blocks, shape[0] // 16)
 
 
+@pytest.mark.parametrize("teams", [2, 4])
+@pytest.mark.parametrize("rows", [3, 9, 16])
+def test_teams_that_share_x_fuse_all_the_same(on_host, teams, rows):
+    """Several passes over the tiles, the last of them with nothing for some teams."""
+    shape, dtype = (448, 1344), jnp.bfloat16
+    blob, x = random_blob(shape, dtype), random_x(rows, shape[1], dtype)
+    for number, variant in enumerate(variants(rows, shape, dtype)):
+        if "permutation" in variant:
+            continue
+        plan = {"tiles": 1, "warps": 16, "blocks": 1, "teams": teams, "resident": 1 + number % 2}
+        status, got, used = _run(on_host, x, blob, plan, HOPPER, late=number % 3 > 0, **variant)
+        assert (status, used.teams) == (0, teams)
+        assert relative(got, slow_product(x, blob, **variant)) < 1.5 * rounding(dtype)
+
+
 @pytest.mark.parametrize("depth", range(1, 9))
-def test_a_ring_of_any_depth_gives_the_same_product(on_host, depth):
-    shape, plan = (192, 1344), {"tiles": 1, "warps": 4, "blocks": 1, "depth": depth}
+@pytest.mark.parametrize("teams", [1, 2])
+def test_a_ring_of_any_depth_gives_the_same_product(on_host, depth, teams):
+    shape, plan = (192, 1344), {"tiles": 1, "blocks": 1, "depth": depth, "teams": teams}
+    plan["warps"] = 4 * teams
     blob, x = random_blob(shape), random_x(9, shape[1])
     for late in (False, True):
         status, got, used = _run(on_host, x, blob, plan, HOPPER, late=late)
-        assert (status, used.depth) == (0, depth)
+        pieces = 3 * 4 // teams  # of a warp: units, and passes over the block's tiles
+        assert (status, used.depth) == (0, min(depth, pieces))
         assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
 
 
@@ -144,6 +169,10 @@ def test_a_plan_shrinks_where_shared_memory_is_short(on_host):
         assert status == 0
         assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
         assert used.warps * used.tiles < 64
+        status, got, used = _run(on_host, x, blob, plan | {"teams": 4}, device)
+        assert status == 0
+        assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
+        assert used.teams < 4
     status, _, _ = _run(on_host, x, blob, {}, SCARCE._replace(per_block=9000))
     assert status == NO_CUT
 

@@ -59,6 +59,7 @@ class Host {
   void LetNextStart() const {}
   void SyncWarp() { fiber_.SyncWarp(); }
   void SyncBlock() { fiber_.SyncBlock(); }
+  void SyncTeams(int group, int teams) { fiber_.SyncSome(group, kWarpThreads * teams); }
   float Exchange(float x, int offset) { return fiber_.Exchange(x, offset); }
 
   void CopyReadOnce(uint32_t to, const void* from, int size) { Copy(to, from, size); }
@@ -214,7 +215,7 @@ class Later {
 
 enum Outcome { kDone = 0, kNoCut = 1, kEndless = 2, kOutside = 3 };
 
-template <typename T, int kColumns, int kTiles>
+template <typename T, int kColumns, int kTiles, bool kShares>
 Outcome RunGrid(const Product& product, const Cut& cut, Copies copies) {
   const size_t out_bytes = sizeof(T) * product.rows * product.out;
   bool outside = false;
@@ -230,9 +231,9 @@ Outcome RunGrid(const Product& product, const Cut& cut, Copies copies) {
     };
     const auto decode = [&](Fiber& fiber) {
       Host host(fiber, copies, &outside);
-      Decode<Host, T, kColumns, kTiles>(host, blob.Seen<uint8_t>(), x.Seen<T>(), residual.Seen<T>(),
-                                        product.places, static_cast<T*>(product.y),
-                                        static_cast<T*>(product.scattered), cut.args);
+      Decode<Host, T, kColumns, kTiles, kShares>(
+          host, blob.Seen<uint8_t>(), x.Seen<T>(), residual.Seen<T>(), product.places,
+          static_cast<T*>(product.y), static_cast<T*>(product.scattered), cut.args);
     };
     const Cluster cluster = {
         1,      cut.warps * kWarpThreads, static_cast<size_t>(cut.shared), previous,
@@ -245,7 +246,8 @@ Outcome RunGrid(const Product& product, const Cut& cut, Copies copies) {
 template <typename T>
 Outcome RunInstance(const Product& product, const Cut& cut, Copies copies) {
   const auto with_tiles = [&](auto columns, auto tiles) {
-    return RunGrid<T, columns, tiles>(product, cut, copies);
+    return cut.teams > 1 ? RunGrid<T, columns, tiles, true>(product, cut, copies)
+                         : RunGrid<T, columns, tiles, false>(product, cut, copies);
   };
   using std::integral_constant;
   const auto with_columns = [&](auto columns) {
@@ -263,8 +265,8 @@ Outcome RunInstance(const Product& product, const Cut& cut, Copies copies) {
 
 // 0; 1 where the plan fits no such device; 2 where threads wait for each other for ever; 3 where
 // shared memory is read or written outside the kernel's own. `plan` has the fields of Plan,
-// `device` those of Multiprocessors; `cut` is told tiles, warps, blocks, depth and whether x is
-// resident, as they are used.
+// `device` those of Multiprocessors; `used` is told tiles, warps, blocks, depth, whether x is
+// resident, and teams, as they are.
 extern "C" __attribute__((visibility("default"))) int esparse_decode_on_host(
     int bfloat16, int64_t rows, int64_t out, int64_t channels, int fusion, float epsilon,
     const int32_t* plan_fields, const int* device_fields, int prefetch, int late_copies,
@@ -284,14 +286,14 @@ extern "C" __attribute__((visibility("default"))) int esparse_decode_on_host(
   product.dtype = bfloat16 ? Dtype::kBfloat16 : Dtype::kFloat16;
   product.fusion = fusion;
   product.epsilon = epsilon;
-  const Plan plan = {plan_fields[0], plan_fields[1], plan_fields[2],
-                     plan_fields[3], plan_fields[4], plan_fields[5]};
+  const Plan plan = {plan_fields[0], plan_fields[1], plan_fields[2], plan_fields[3],
+                     plan_fields[4], plan_fields[5], plan_fields[6]};
   const Multiprocessors device = {device_fields[0], device_fields[1], device_fields[2],
                                   device_fields[3]};
   Cut cut;
   if (!FitCut(product, plan, device, &cut)) return kNoCut;
   cut.args.prefetch = prefetch;
-  const int told[] = {cut.tiles, cut.warps, cut.grid, cut.args.depth, cut.args.resident};
+  const int told[] = {cut.tiles, cut.warps, cut.grid, cut.args.depth, cut.args.resident, cut.teams};
   std::copy(std::begin(told), std::end(told), used);
   const Copies copies = late_copies ? Copies::kLate : Copies::kEarly;
   return bfloat16 ? RunInstance<Bfloat16>(product, cut, copies)

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <utility>
@@ -58,9 +59,10 @@ class Running {
   std::vector<Shown> shown_;             // of each warp
   std::vector<Meeting> warps_, blocks_;  // of the cluster
   Meeting all_;
-  std::vector<std::vector<char>> shared_;  // memory of each block
-  std::vector<int> left_;                  // fibers of each block that have not ended
-  int64_t steps_ = 0;                      // arrivals and ends so far
+  std::map<std::pair<int, int>, Meeting> some_;  // by the block and a place in it
+  std::vector<std::vector<char>> shared_;        // memory of each block
+  std::vector<int> left_;                        // fibers of each block that have not ended
+  int64_t steps_ = 0;                            // arrivals and ends so far
 };
 
 // One thread.
@@ -82,6 +84,12 @@ class Fiber {
   void SyncWarp() { Meet(&running_->warps_[Warp()]); }
   void SyncBlock() { Meet(&running_->blocks_[rank_]); }
   void SyncCluster() { Meet(&running_->all_); }
+  // So many threads of the block, all of which name the same place.
+  void SyncSome(int place, int threads) {
+    Meeting& meeting = running_->some_[{rank_, place}];
+    meeting.expected = threads;
+    Meet(&meeting);
+  }
 
   // The shared memory of a block of the cluster.
   std::vector<char>& Shared(int rank) const { return running_->shared_[rank]; }
