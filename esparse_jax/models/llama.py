@@ -364,6 +364,14 @@ class LlamaConfig:
                 f"For another, convert the checkpoint first."
             )
 
+    @property
+    def causal(self) -> bool:
+        """Whether nothing computed for a token depends on the tokens behind it.
+
+        So it is unless the rotary angles depend on the length of the whole sequence.
+        """
+        return self.rope.rope_type not in ("dynamic", "longrope")
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
         """Reads the contents of a `config.json`, old (`rope_theta`, `torch_dtype`) or new.
