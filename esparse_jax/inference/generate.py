@@ -125,36 +125,38 @@ def prefill(
     graphdef: Any,
     state: Any,
     tokens: Int[Array, "batch seq"],
-    padding: Int[Array, " batch"] | None,
+    lengths: Int[Array, ""] | Int[Array, " batch"] | None,
     key: Key[Array, ""],
     *,
     max_length: int,
-    length: Int[Array, ""] | None = None,
     **options: Any,
 ) -> tuple[Int[Array, " batch"], KVCache]:
     """Reads the prompts: the first new token of each row, and the cache behind them.
 
     Args:
         graphdef, state: `split_once` or `nnx.split` of a `CachedModel`.
-        tokens: The prompts, aligned at their last token.
-        padding: How many tokens of padding each row begins with; None for none.
+        tokens: The prompts, all from the first column on. What stands behind them is computed and
+            forgotten.
+        lengths: Of the prompts, one number where all have the same; None where all end at the last
+            column. Of a model that is not causal the longest must end there.
         key: Of the draw.
         max_length: Slots of the cache.
-        length: How many columns of `tokens` are of the prompts and their padding; the others, whose
-            tokens may be any, are computed and forgotten. None for all. Only for a causal model.
         **options: Of `sample`.
     """
     model = _merge(graphdef, state)
-    cache = init_cache(
-        model.config, tokens.shape[0], max_length, dtype=model.dtype, padding=padding
-    )
+    rows = tokens.shape[0]
+    cache = init_cache(model.config, rows, max_length, dtype=model.dtype)
+    # Without padding before them the rows are read by the attention that needs no mask.
     hidden, cache = model.blocks(model.embed(tokens), cache=cache, empty=True)
-    if length is None:
+    if lengths is None:
         last = hidden[:, -1:]
-    else:
+    elif lengths.ndim == 0:
         # The next token's key and value go where those of the first token too many are.
-        cache = cache._replace(length=length)
-        last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
+        cache = cache._replace(length=lengths)
+        last = jax.lax.dynamic_slice_in_dim(hidden, lengths - 1, 1, axis=1)
+    else:
+        cache = cache.aligned(lengths)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     return sample(model.head(last)[:, 0], key, **options), cache
 
 
@@ -198,11 +200,10 @@ def generate(
 ) -> list[np.ndarray]:
     """Continues every prompt by up to `max_new_tokens` tokens.
 
-    Prompts may differ in length; they are aligned at their last token. Lengths of about one size
-    share what is compiled. Tokens are decoded in
-    chunks on the device, and the host looks for stop tokens in a chunk when the next one is queued
-    already, so the device never waits for it. At most one chunk is computed in vain, and none of
-    it shows.
+    Prompts may differ in length; lengths of about one size share what is compiled. Tokens are
+    decoded in chunks on the device, and the host looks for stop tokens in a chunk when the next one
+    is queued already, so the device never waits for it. At most one chunk is computed in vain, and
+    none of it shows.
 
     Args:
         model: A model of this package, dense, masked, sparse or `inference_model`'s.
@@ -224,12 +225,12 @@ def generate(
             prompt and new tokens longer than the model's context.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    rows, longest = len(prompts), max(map(len, prompts))
-    padding = np.array([longest - len(prompt) for prompt in prompts], np.int32)
-    columns = _columns(longest, model.config)
+    rows = len(prompts)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    columns = _columns(int(lengths.max()), model.config)
     tokens = np.zeros((rows, columns), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, padding[row] : longest] = prompt
+        tokens[row, : len(prompt)] = prompt
     chunks = -(-(max_new_tokens - 1) // CHUNK)
     graphdef, state = split_once(model)
     options = {"temperature": float(temperature), "top_k": top_k, "top_p": float(top_p)}
@@ -238,10 +239,9 @@ def generate(
         graphdef,
         state,
         jnp.asarray(tokens),
-        jnp.asarray(padding) if padding.any() else None,
+        jnp.asarray(lengths if lengths.min() < lengths.max() else lengths[0]),
         keys[0],
         max_length=-(-(columns + chunks * CHUNK) // SLOTS) * SLOTS,
-        length=jnp.int32(longest) if model.config.causal else None,
         **options,
     )
     stops = np.array(sorted(stop_tokens), np.int32)

@@ -97,6 +97,26 @@ class KVCache(NamedTuple):
         """Bytes of the keys and values."""
         return sum(array.nbytes for array in (*self.keys, *self.values))
 
+    def aligned(self, lengths: Int[Array, " batch"]) -> "KVCache":
+        """The cache of rows that begin at their first slot, so that all end at one.
+
+        Args:
+            lengths: How many slots of each row are filled; what stands behind them is given up.
+        """
+        length = lengths.max()
+        start = length - lengths
+        slots = jnp.maximum(jnp.arange(self.max_length)[None] - start[:, None], 0)
+        heads = self.keys[0].shape[0] // lengths.shape[0]
+        slots = jnp.repeat(slots, heads, axis=0)
+
+        def moved(held: Array) -> Array:
+            return jax.vmap(lambda matrix, slots: matrix.at[slots].get(mode="promise_in_bounds"))(
+                held, slots
+            )
+
+        keys, values = (tuple(map(moved, arrays)) for arrays in (self.keys, self.values))
+        return KVCache(keys, values, length.astype(jnp.int32), start.astype(jnp.int32))
+
     def layer(self, index: int) -> LayerCache:
         """The view of one layer, for `LlamaDecoderLayer`."""
         return LayerCache(self.keys[index], self.values[index], self.length, self.start)

@@ -100,6 +100,22 @@ def test_positions_count_from_each_rows_start():
     np.testing.assert_array_equal(layer.values[-1, :, 3], [2, 2, 2, 0, 0, 0])
 
 
+def test_rows_that_begin_at_one_slot_are_moved_to_end_at_one():
+    config = LlamaConfig.from_dict(FIELDS)
+    cache = init_cache(config, 3, 5, dtype=jnp.float32)
+    numbers = jnp.arange(cache.keys[0].size, dtype=jnp.float32).reshape(cache.keys[0].shape)
+    cache = cache._replace(keys=(numbers, *cache.keys[1:]), values=(-numbers, *cache.values[1:]))
+    moved = jax.jit(lambda cache, lengths: cache.aligned(lengths))(cache, jnp.array([3, 1, 2]))
+    assert int(moved.length) == 3
+    np.testing.assert_array_equal(moved.start, [0, 2, 1])
+    heads = config.num_key_value_heads
+    for row, start in enumerate(moved.start):
+        for head in range(row * heads, (row + 1) * heads):
+            kept = slice(0, 3 - int(start))
+            np.testing.assert_array_equal(moved.keys[0][head, start:3], numbers[head, kept])
+            np.testing.assert_array_equal(moved.values[0][head, start:3], -numbers[head, kept])
+
+
 def test_the_cache_may_be_narrower_than_the_model():
     model = llama_cases.build(FIELDS)
     cache = init_cache(model.config, 1, LENGTH, dtype=jnp.bfloat16)
