@@ -18,6 +18,11 @@ taking turns in one process.
 - `dense`: XLA's dots, norms and SwiGLU with the dense weights.
 - `2:4`: the weights handed in as arguments of the jit, and said to be so (`prefetch`).
 - `careful`: the same without `prefetch`.
+- each of `--plans`: as `2:4`, the kernel cutting some products in another way than by its own rule:
+
+    python benchmarks/decode_step.py --rows 16 --forms chain \\
+        --plans gate_up:tiles=3,warps=8,blocks=2,teams=2 gate_up:tiles=2+down:teams=2
+
 - `bound`: the compressed bytes over the bandwidth of a large device copy in the same run.
 """
 
@@ -51,6 +56,7 @@ from esparse_jax.sparse import _ffi_cuda as ffi
 from esparse_jax.sparse._timing import copy_bandwidth, random_24
 
 EPSILON = 1e-6
+PRODUCTS = ("o", "gate_up", "down", "qkv")
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,26 @@ class Options:
     steps: int = 20
     """Steps queued in a batch."""
     batches: int = 9
+    plans: tuple[str, ...] = ()
+    """Cuts of o, gate_up, down, qkv other than the kernel's own: PRODUCT:FIELD=NUMBER,...+..."""
     json: Path | None = None
     """Also write the figures here."""
+
+
+def read_plans(text: str) -> dict[str, dict[str, int]]:
+    """The plan of each product, from `gate_up:tiles=3,teams=2+down:warps=8`."""
+    plans: dict[str, dict[str, int]] = {}
+    for part in text.split("+"):
+        product, colon, fields = part.partition(":")
+        pairs = [field.partition("=") for field in fields.split(",")]
+        if not colon or product not in PRODUCTS or product in plans:
+            raise SystemExit(f"--plans {text}: each part is PRODUCT:..., one of {PRODUCTS}, once.")
+        for name, _, value in pairs:
+            if value not in map(str, ffi.PLAN_VALUES.get(name, ())):
+                allowed = "; ".join(f"{name} {values}" for name, values in ffi.PLAN_VALUES.items())
+                raise SystemExit(f"--plans {text}: {name}={value} is not among {allowed}.")
+        plans[product] = {name: int(value) for name, _, value in pairs}
+    return plans
 
 
 def _dense_norm(x: jax.Array) -> jax.Array:
@@ -114,12 +138,14 @@ def dense_step(state, layers, form):
     return hidden, qkv
 
 
-def sparse_step(state, layers: list[tuple[ChainWeights, jax.Array | None]], form, prefetch):
+def sparse_step(
+    state, layers: list[tuple[ChainWeights, jax.Array | None]], form, prefetch, plans=None
+):
     hidden, qkv = state
     for layer, o_order in layers:
         if form == "mlp":
             hidden = sparse_mlp(
-                hidden, layer.gate_up, layer.down, epsilon=EPSILON, prefetch=prefetch
+                hidden, layer.gate_up, layer.down, epsilon=EPSILON, prefetch=prefetch, plans=plans
             )
         else:
             attended = _attention(qkv, hidden.shape[1])
@@ -131,6 +157,7 @@ def sparse_step(state, layers: list[tuple[ChainWeights, jax.Array | None]], form
                 layer,
                 epsilon=EPSILON,
                 prefetch=prefetch,
+                plans=plans,
             )
     return hidden, qkv
 
@@ -225,7 +252,8 @@ def measure(form: str, dtype: str, bandwidth: float, options: Options) -> list[d
             "2:4": (jitted(sparse_step, prefetch=True), layers),
             "careful": (jitted(sparse_step, prefetch=False), layers),
         }
-
+        for text in options.plans:
+            steps[text] = (jitted(sparse_step, prefetch=True, plans=read_plans(text)), layers)
         outputs = {name: step(_copy(state), weights)[0] for name, (step, weights) in steps.items()}
         exact = outputs["dense"].astype(jnp.float32)
         errors = {
@@ -244,6 +272,10 @@ def measure(form: str, dtype: str, bandwidth: float, options: Options) -> list[d
             f"difference to dense {errors['2:4']:.1e}",
             flush=True,
         )
+        for text in options.plans:
+            print(
+                f"    {median[text]:.2f} ({median[text] - median['2:4']:+.2f}) {text}", flush=True
+            )
         results.append(
             {
                 "form": form,
@@ -265,6 +297,8 @@ def main(options: Options) -> None:
     """Prints a line for each form and number of rows, and writes them as JSON."""
     if jax.default_backend() != "gpu":
         raise SystemExit("benchmarks/decode_step.py times an NVIDIA GPU, and JAX sees none.")
+    for text in options.plans:
+        read_plans(text)  # before anything is timed
     bandwidth = copy_bandwidth()
     machine = {
         "device": jax.devices()[0].device_kind,

@@ -184,6 +184,7 @@ class Step(NamedTuple):
         blob: `Blob24.data` of a weight with `out` outputs.
         residual, places, swiglu: As for `decode`.
         norm: Whether x is RMS-normalised.
+        plan: As for `decode`.
     """
 
     x: Array | Result
@@ -193,6 +194,7 @@ class Step(NamedTuple):
     places: Int32[Array, " out"] | None = None
     norm: bool = False
     swiglu: bool = False
+    plan: Mapping[str, int] | None = None
 
     @property
     def fusion(self) -> int:
@@ -247,6 +249,7 @@ def _recorded_chain(steps, epsilon, prefetch):
                 swiglu=step.swiglu,
                 # The first one waits for whatever may have written the weights.
                 prefetch=prefetch or bool(done),
+                plan=step.plan,
             )
         )
     return done
@@ -276,7 +279,7 @@ def _traced_chain(steps, epsilon, prefetch):
         y = len(arguments) + len(results)
         scattered = -1 if step.places is None else y + 1
         read = [number(source) for source in (step.x, step.blob, step.residual, step.places)]
-        fields += [*read, y, scattered, step.fusion, *_plan(None)]
+        fields += [*read, y, scattered, step.fusion, *_plan(step.plan)]
         result = _ffi.result_like(first, step.blob, (first.shape[0], step.columns), first.dtype)
         results += [result] * (1 if scattered < 0 else 2)
         written.append((y, scattered))

@@ -5,6 +5,7 @@ the function of the same name with `_reference`. Both give the same result up to
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,10 @@ from . import _ffi_cuda
 from .blob import Blob24, compressed24_of
 from .compress import decompress24
 from .matmul import decode_fits
+
+# A plan of the decode kernel (`_ffi_cuda.PLAN_VALUES`), and one for each product of a chain.
+Plan = Mapping[str, int]
+Plans = Mapping[str, Plan]
 
 
 def fused_matmul(
@@ -131,6 +136,13 @@ def _dot_cpu(x: Array, weight: Array) -> Array:
     return _dot(x.astype(jnp.float32), weight.astype(jnp.float32))
 
 
+def _plans_of(plans: Plans | None, products: Sequence[str]) -> dict[str, Plan | None]:
+    unknown = sorted(set(plans or {}) - set(products))
+    if unknown:
+        raise ValueError(f"plans are for {', '.join(products)}; got {', '.join(unknown)} as well.")
+    return {product: (plans or {}).get(product) for product in products}
+
+
 def sparse_mlp(
     x: Float[Array, "row channel"],
     gate_up: Blob24,
@@ -138,6 +150,7 @@ def sparse_mlp(
     *,
     epsilon: float,
     prefetch: bool = False,
+    plans: Plans | None = None,
 ) -> Float[Array, "row channel"]:
     """The MLP half of a LLaMA layer: `x + down(silu(gate(n)) * up(n))`, n the RMS-normalised x.
 
@@ -150,17 +163,23 @@ def sparse_mlp(
         down: `blob24` of the down projection.
         epsilon: Of the RMSNorm.
         prefetch: As for `fused_matmul`.
+        plans: How the kernel cuts `gate_up` and `down`, where its own rule is not the best.
 
     Raises:
-        ValueError: Shapes that do not fit each other.
+        ValueError: Shapes that do not fit each other, or plans of other products.
         TypeError: Different dtypes.
     """
     _require_mlp(x, gate_up, down)
+    plan_of = _plans_of(plans, ("gate_up", "down"))
 
     def kernel(x, gate_up_data, down_data):
         steps = [
-            _ffi_cuda.Step(x, gate_up_data, gate_up.shape[0], norm=True, swiglu=True),
-            _ffi_cuda.Step(_ffi_cuda.Result(0), down_data, down.shape[0], residual=x),
+            _ffi_cuda.Step(
+                x, gate_up_data, gate_up.shape[0], norm=True, swiglu=True, plan=plan_of["gate_up"]
+            ),
+            _ffi_cuda.Step(
+                _ffi_cuda.Result(0), down_data, down.shape[0], residual=x, plan=plan_of["down"]
+            ),
         ]
         return _ffi_cuda.chain(steps, epsilon=epsilon, prefetch=prefetch)[-1][0]
 
@@ -213,6 +232,7 @@ def sparse_chain(
     *,
     epsilon: float,
     prefetch: bool = False,
+    plans: Plans | None = None,
 ) -> tuple[Float[Array, "row channel"], Float[Array, "row out"] | None]:
     """All that stands between two attentions of a LLaMA: o -> gate, up -> down -> next q, k, v.
 
@@ -231,16 +251,19 @@ def sparse_chain(
         hidden: The residual stream.
         epsilon: Of all norms.
         prefetch: As for `fused_matmul`.
+        plans: How the kernel cuts `o`, `gate_up`, `down` and `qkv`, where its own rule is not the
+            best.
 
     Returns:
         The residual stream, and the next layer's queries, keys and values; None without
         `weights.qkv`.
 
     Raises:
-        ValueError: Shapes that do not fit each other.
+        ValueError: Shapes that do not fit each other, or plans of other products.
         TypeError: Different dtypes.
     """
     _require_chain(attended, hidden, weights)
+    plan_of = _plans_of(plans, ("o", "gate_up", "down", "qkv"))
 
     def kernel(attended, hidden, weights):
         result = _ffi_cuda.Result
@@ -251,6 +274,7 @@ def sparse_chain(
                 weights.o.shape[0],
                 residual=hidden,
                 places=weights.gate_up_places,
+                plan=plan_of["o"],
             ),
             _ffi_cuda.Step(
                 result(0, weights.gate_up_places is not None),
@@ -258,6 +282,7 @@ def sparse_chain(
                 weights.gate_up.shape[0],
                 norm=True,
                 swiglu=True,
+                plan=plan_of["gate_up"],
             ),
             _ffi_cuda.Step(
                 result(1),
@@ -265,6 +290,7 @@ def sparse_chain(
                 weights.down.shape[0],
                 residual=result(0),
                 places=None if weights.qkv is None else weights.qkv_places,
+                plan=plan_of["down"],
             ),
         ]
         if weights.qkv is not None:
@@ -274,6 +300,7 @@ def sparse_chain(
                     weights.qkv.data,
                     weights.qkv.shape[0],
                     norm=True,
+                    plan=plan_of["qkv"],
                 )
             )
         done = _ffi_cuda.chain(steps, epsilon=epsilon, prefetch=prefetch)

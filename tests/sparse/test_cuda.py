@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,23 @@ def test_a_chain_lowers_to_one_call(shuffled, last):
 
 
 @needs_build
+def test_a_chain_takes_plans_for_its_products(monkeypatch):
+    plans = {"gate_up": {"tiles": 3, "teams": 2}, "qkv": {"warps": 16}}
+    attended, hidden, weights = _chain_operands(jnp.float16, 3, shuffled=False, last=False)
+
+    def lowered(records):
+        monkeypatch.setattr(_ffi_cuda, "records_calls", lambda: records)
+        chain = jax.jit(lambda *given: sparse_chain(*given, epsilon=1e-5, plans=plans))
+        traced = chain.trace(attended, hidden, weights)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    each = re.findall(r"plan = dense<(.*?)> : tensor", lowered(True))
+    assert each == ["0", "[3, 0, 0, 0, 0, 0, 2]", "0", "[0, 16, 0, 0, 0, 0, 0]"]
+    assert lowered(False).count(", 3, 0, 0, 0, 0, 0, 2, ") == 1
+    with pytest.raises(ValueError, match="gate_up, down; got qkv as well"):
+        sparse_mlp(hidden, weights.gate_up, weights.down, epsilon=1e-5, plans=plans)
+
+
 def test_the_kernel_is_refused_where_it_cannot_run():
     with pytest.raises(ValueError, match="1 to 16 rows; got 17"):
         jax.eval_shape(
