@@ -39,6 +39,8 @@ class Options:
     dtype: str = "float16"
     teams: tuple[int, ...] = (1, 2, 4)
     """Of warps that share x."""
+    split: tuple[int, ...] = (1, 2, 4)
+    """Blocks that split the channels."""
     prefetch: bool = True
     rotate_mb: int = 300
     replays: int = 3
@@ -81,7 +83,7 @@ def main(options: Options) -> None:
                 )
 
             figures = []
-            for plan in decode_plans(teams=options.teams):
+            for plan in decode_plans(teams=options.teams, split=options.split):
                 try:
                     figures.append((microseconds(plan), plan))
                 except RuntimeError:
@@ -104,8 +106,9 @@ def main(options: Options) -> None:
                     "out": out,
                     "channels": channels,
                     "rows": rows,
+                    "teams": 1,
+                    "split": 1,
                     **plan,
-                    "teams": plan.get("teams", 1),
                     "microseconds": round(t, 3),
                 }
                 for t, plan in figures

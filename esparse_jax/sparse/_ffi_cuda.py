@@ -28,8 +28,10 @@ PLAN_VALUES = {
     "depth": tuple(range(1, 9)),
     "resident": (1, 2),
     "teams": (1, 2, 4),
+    "split": (1, 2, 4),
 }
 PLAN_FIELDS = tuple(PLAN_VALUES)
+LEAST_TEAM_WARPS = 4
 
 # What the decode kernel does around the product, by the numbers of ffi/cuda/decode_args.h.
 _NORM, _SWIGLU, _RESIDUAL, _PERMUTE, _SCATTER = 1, 2, 4, 8, 16

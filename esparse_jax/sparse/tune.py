@@ -123,19 +123,25 @@ class Candidate(NamedTuple):
         return {"kind": self.kind, **self._choices()}
 
 
-def decode_plans(*, teams: Sequence[int] = (1,)) -> list[dict[str, int]]:
-    """All plans of the decode kernel that can differ: 80 for one team, 144 for up to 4.
+def decode_plans(
+    *, teams: Sequence[int] = (1,), split: Sequence[int] = (1,)
+) -> list[dict[str, int]]:
+    """All plans of the decode kernel that can differ: 80, with up to 4 teams and 4 blocks 304.
 
-    A search takes one team: more have not been timed yet.
+    A search takes one team and no split: others have not been timed yet.
     """
     fields = ("tiles", "warps", "blocks", "interleave", "resident")
     values = itertools.product(*(_ffi_cuda.PLAN_VALUES[field] for field in fields))
     plans = [dict(zip(fields, value, strict=True)) for value in values]
+    plans = [plan for plan in plans if plan["warps"] * plan["blocks"] <= 16]
+    forms = [{}] if 1 in teams and 1 in split else []
+    forms += [{"teams": each} for each in teams if each > 1]
+    forms += [{"split": each} for each in split if each > 1]
     return [
-        plan if each == 1 else plan | {"teams": each}
-        for each in teams
+        plan | form
+        for form in forms
         for plan in plans
-        if plan["warps"] * plan["blocks"] <= 16 and plan["warps"] >= 4 * each
+        if plan["warps"] >= _ffi_cuda.LEAST_TEAM_WARPS * form.get("teams", 1)
     ]
 
 

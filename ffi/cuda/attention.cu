@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cuda/attention.h"
+#include "cuda/cluster.h"
 #include "cuda/dependent_launch.h"
 
 #define ESPARSE_DEVICE __device__ __forceinline__
@@ -55,32 +56,17 @@ struct Gpu {
     return __shfl_xor_sync(0xffffffffu, x, offset);
   }
   ESPARSE_DEVICE void SyncBlock() const { __syncthreads(); }
-  ESPARSE_DEVICE void SyncCluster() const {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
-  }
+  ESPARSE_DEVICE void SyncCluster() const { cuda::SyncCluster(); }
   // What lies at this place of the shared memory of another block of the cluster.
   ESPARSE_DEVICE float LoadFrom(int rank, const float* place) const {
-    float value;
-    const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(place));
-    asm volatile(
-        "{.reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %1, %2;\n"
-        "ld.shared::cluster.f32 %0, [there];}"
-        : "=f"(value)
-        : "r"(here), "r"(rank)
-        : "memory");
-    return value;
+    return LoadOfBlock(rank, static_cast<uint32_t>(__cvta_generic_to_shared(place)));
   }
 };
 #endif
 
 }  // namespace
 
-// A cluster's size is a part of the kernel: so it can be launched by who cannot name one. Where
-// there are no clusters there is no kernel; nothing launches it.
 #if __CUDA_ARCH__ >= 900
-#define ESPARSE_CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
 #define ESPARSE_BODY(T, FEATURES, SHARED, CLUSTER)                                          \
   __shared__ AttentionShared<T, FEATURES, SHARED, CLUSTER> shared;                          \
   Gpu gpu;                                                                                  \
@@ -89,7 +75,6 @@ struct Gpu {
                                             cosines, sines, length, start, places,          \
                                             static_cast<T*>(attended), args)
 #else
-#define ESPARSE_CLUSTER(BLOCKS)
 #define ESPARSE_BODY(T, FEATURES, SHARED, CLUSTER) __trap()
 #endif
 

@@ -30,7 +30,9 @@ struct Device {
         get(&all->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor));
     ESPARSE_CUDA_RETURN_IF_ERROR(
         get(&all->reserved_per_block, cudaDevAttrReservedSharedMemoryPerBlock));
-    return get(&device->major, cudaDevAttrComputeCapabilityMajor);
+    ESPARSE_CUDA_RETURN_IF_ERROR(get(&device->major, cudaDevAttrComputeCapabilityMajor));
+    all->clusters = device->major >= 9;
+    return cudaSuccess;
   }
 };
 
@@ -72,8 +74,8 @@ cudaError_t PrepareOn(const Device& device, const Product& product, const Plan& 
   }
   cut.args.prefetch = start == Start::kPrefetch;
   const DecodeKernel kernel = product.dtype == Dtype::kFloat16
-                                  ? FindFloat16(cut.columns, cut.tiles, cut.teams > 1)
-                                  : FindBfloat16(cut.columns, cut.tiles, cut.teams > 1);
+                                  ? FindFloat16(cut.form, cut.columns, cut.tiles)
+                                  : FindBfloat16(cut.form, cut.columns, cut.tiles);
   launch->name = kernel.name;
   launch->function = reinterpret_cast<const void*>(kernel.function);
   launch->grid = cut.grid;

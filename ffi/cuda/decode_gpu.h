@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/cluster.h"
 #include "cuda/decode_args.h"
 #include "cuda/dependent_launch.h"
 
@@ -40,6 +41,16 @@ class DecodeGpu {
   ESPARSE_DEVICE void SyncTeams(int group, int teams) const {
     asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(32 * teams) : "memory");
   }
+#if __CUDA_ARCH__ >= 900
+  ESPARSE_DEVICE void SyncCluster() const { cuda::SyncCluster(); }
+  // Of the shared memory of another block of the cluster.
+  ESPARSE_DEVICE float LoadShared(int rank, uint32_t address) const {
+    return LoadOfBlock(rank, address);
+  }
+#else
+  ESPARSE_DEVICE void SyncCluster() const { __trap(); }
+  ESPARSE_DEVICE float LoadShared(int, uint32_t) const { return 0; }
+#endif
   // The value of the lane whose number differs in the bit `offset`.
   ESPARSE_DEVICE float Exchange(float x, int offset) const {
     return __shfl_xor_sync(0xffffffffu, x, offset);
@@ -164,38 +175,51 @@ class DecodeGpu {
   uint64_t read_once_, kept_;  // policies of the second-level cache
 };
 
-// The instances of one dtype, NAME_<columns>_<tiles>, and with _shared where teams share x. They
-// are extern "C", so that a loaded cubin can be asked for them.
-#define ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, TILES, SHARES)                              \
-  extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1)                           \
+// The instances of one dtype: NAME_<columns>_<tiles>, with the form behind it. They are extern "C",
+// so that a loaded cubin can be asked for them.
+#define ESPARSE_DECODE_KERNEL(NAME, CLUSTER, BODY)                                          \
+  extern "C" __global__ void CLUSTER __launch_bounds__(kMaxWarps * 32, 1)                   \
       NAME(const uint8_t* blob, const void* x, const void* residual, const int32_t* places, \
            void* y, void* scattered, const __grid_constant__ KernelArgs args) {             \
-    extern __shared__ __align__(1024) uint8_t shared[];                                     \
-    DecodeGpu gpu(shared);                                                                  \
-    Decode<DecodeGpu, T, COLUMNS, TILES, SHARES>(                                           \
-        gpu, blob, static_cast<const T*>(x), static_cast<const T*>(residual), places,       \
-        static_cast<T*>(y), static_cast<T*>(scattered), args);                              \
+    BODY;                                                                                   \
   }
-#define ESPARSE_DECODE_BOTH(NAME, T, COLUMNS, TILES)                          \
-  ESPARSE_DECODE_KERNEL(NAME##_##COLUMNS##_##TILES, T, COLUMNS, TILES, false) \
-  ESPARSE_DECODE_KERNEL(NAME##_##COLUMNS##_##TILES##_shared, T, COLUMNS, TILES, true)
-#define ESPARSE_DECODE_COLUMNS(NAME, T, COLUMNS) \
-  ESPARSE_DECODE_BOTH(NAME, T, COLUMNS, 1)       \
-  ESPARSE_DECODE_BOTH(NAME, T, COLUMNS, 2)       \
-  ESPARSE_DECODE_BOTH(NAME, T, COLUMNS, 3)       \
-  ESPARSE_DECODE_BOTH(NAME, T, COLUMNS, 4)
+#define ESPARSE_DECODE_BODY(T, COLUMNS, TILES, SHARES, SPLIT)                       \
+  extern __shared__ __align__(1024) uint8_t shared[];                               \
+  DecodeGpu gpu(shared);                                                            \
+  Decode<DecodeGpu, T, COLUMNS, TILES, SHARES, SPLIT>(                              \
+      gpu, blob, static_cast<const T*>(x), static_cast<const T*>(residual), places, \
+      static_cast<T*>(y), static_cast<T*>(scattered), args)
+#if __CUDA_ARCH__ >= 900
+#define ESPARSE_DECODE_SPLIT ESPARSE_DECODE_BODY
+#else
+#define ESPARSE_DECODE_SPLIT(T, COLUMNS, TILES, SHARES, SPLIT) __trap()
+#endif
+#define ESPARSE_DECODE_FORMS(NAME, T, COLUMNS, TILES)                                     \
+  ESPARSE_DECODE_KERNEL(NAME, , ESPARSE_DECODE_BODY(T, COLUMNS, TILES, false, 1))         \
+  ESPARSE_DECODE_KERNEL(NAME##_shared, , ESPARSE_DECODE_BODY(T, COLUMNS, TILES, true, 1)) \
+  ESPARSE_DECODE_KERNEL(NAME##_split2, ESPARSE_CLUSTER(2),                                \
+                        ESPARSE_DECODE_SPLIT(T, COLUMNS, TILES, false, 2))                \
+  ESPARSE_DECODE_KERNEL(NAME##_split4, ESPARSE_CLUSTER(4),                                \
+                        ESPARSE_DECODE_SPLIT(T, COLUMNS, TILES, false, 4))
+#define ESPARSE_DECODE_COLUMNS(NAME, T, COLUMNS)            \
+  ESPARSE_DECODE_FORMS(NAME##_##COLUMNS##_1, T, COLUMNS, 1) \
+  ESPARSE_DECODE_FORMS(NAME##_##COLUMNS##_2, T, COLUMNS, 2) \
+  ESPARSE_DECODE_FORMS(NAME##_##COLUMNS##_3, T, COLUMNS, 3) \
+  ESPARSE_DECODE_FORMS(NAME##_##COLUMNS##_4, T, COLUMNS, 4)
 #define ESPARSE_DECODE_ENTRY(NAME) {NAME, #NAME}
-#define ESPARSE_DECODE_ENTRIES(NAME, COLUMNS, SUFFIX)  \
-  {ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_1##SUFFIX), \
-   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_2##SUFFIX), \
-   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_3##SUFFIX), \
-   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_4##SUFFIX)}
-#define ESPARSE_DECODE_INSTANCES(NAME, T)                                     \
-  ESPARSE_DECODE_COLUMNS(NAME, T, 1)                                          \
-  ESPARSE_DECODE_COLUMNS(NAME, T, 2)                                          \
-  constexpr DecodeKernel NAME##_kernels[2][2][kMaxTiles] = {                  \
-      {ESPARSE_DECODE_ENTRIES(NAME, 1, ), ESPARSE_DECODE_ENTRIES(NAME, 2, )}, \
-      {ESPARSE_DECODE_ENTRIES(NAME, 1, _shared), ESPARSE_DECODE_ENTRIES(NAME, 2, _shared)}}
+#define ESPARSE_DECODE_ENTRIES(NAME, COLUMNS, FORM)  \
+  {ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_1##FORM), \
+   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_2##FORM), \
+   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_3##FORM), \
+   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_4##FORM)}
+#define ESPARSE_DECODE_OF_FORM(NAME, FORM) \
+  {ESPARSE_DECODE_ENTRIES(NAME, 1, FORM), ESPARSE_DECODE_ENTRIES(NAME, 2, FORM)}
+#define ESPARSE_DECODE_INSTANCES(NAME, T)                                    \
+  ESPARSE_DECODE_COLUMNS(NAME, T, 1)                                         \
+  ESPARSE_DECODE_COLUMNS(NAME, T, 2)                                         \
+  constexpr DecodeKernel NAME##_kernels[kForms][2][kMaxTiles] = {            \
+      ESPARSE_DECODE_OF_FORM(NAME, ), ESPARSE_DECODE_OF_FORM(NAME, _shared), \
+      ESPARSE_DECODE_OF_FORM(NAME, _split2), ESPARSE_DECODE_OF_FORM(NAME, _split4)}
 
 }  // namespace esparse::cuda
 

@@ -45,8 +45,9 @@ struct Fragments {
 // where resident), then the partial sums [group][tile][column][lane][4], then sums of squares
 // [group][row]. A group of warps has the same channels: one warp; but where kShares, a warp of each
 // team. Then x lies between the rings and the sums, for every group a ring of pieces of its own (or
-// all of them, where resident).
-template <typename Device, typename T, int kColumns, int kTiles, bool kShares>
+// all of them, where resident). kSplit blocks of a cluster have the same tiles, and their groups
+// other channels.
+template <typename Device, typename T, int kColumns, int kTiles, bool kShares, int kSplit>
 ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x, const T* residual,
                            const int32_t* places, T* y, T* scattered, const KernelArgs& p) {
   const int thread = device.Thread(), threads = device.Threads();
@@ -55,15 +56,17 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
   const int groups = kShares ? 1 << p.group_bits : warps,
             group = kShares ? warp & (groups - 1) : warp;
   const int teams = kShares ? warps >> p.group_bits : 1, team = kShares ? warp >> p.group_bits : 0;
-  const int block = device.Block(), channels = p.channels, rows = p.rows, depth = p.depth;
+  const int rank = device.Block() % kSplit, block = device.Block() / kSplit;
+  const int all_groups = kSplit * groups, rank_group = rank * groups + group;  // of the cluster
+  const int channels = p.channels, rows = p.rows, depth = p.depth;
   const bool resident = p.resident != 0;
 
   const int first_tile = block * p.block_tiles + min(block, p.block_tiles_extra);
   const int last_tile = first_tile + p.block_tiles + (block < p.block_tiles_extra);
-  const int my_units = p.group_units + (group < p.group_units_extra);
+  const int my_units = p.group_units + (rank_group < p.group_units_extra);
   const int first_unit =
-      p.interleave ? group : group * p.group_units + min(group, p.group_units_extra);
-  const int unit_stride = p.interleave ? groups : 1;
+      p.interleave ? rank_group : rank_group * p.group_units + min(rank_group, p.group_units_extra);
+  const int unit_stride = p.interleave ? all_groups : 1;
   const int pass_tiles = teams * kTiles, my_tiles = team * kTiles;  // of a pass, before mine
 
   const uint32_t x_piece = rows * kUnitRowBytes;
@@ -192,12 +195,24 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
   const uint32_t indices_line =
       kTiles * kUnitValueBytes + (lane & 3) * 64 + (((lane >> 2) * 8) ^ ((lane & 2) << 4));
 
-  auto add_four = [&](uint32_t at, uint32_t stride) {  // kMinGroups floats, `stride` bytes apart
+  // kMinGroups floats, `stride` bytes apart, in the memory of a block of the cluster.
+  auto add_four = [&](int of_rank, uint32_t at, uint32_t stride) {
     float part[kMinGroups];
     ESPARSE_UNROLL
-    for (int k = 0; k < kMinGroups; ++k) part[k] = device.LoadShared(at + k * stride);
+    for (int k = 0; k < kMinGroups; ++k) {
+      part[k] = kSplit > 1 ? device.LoadShared(of_rank, at + k * stride)
+                           : device.LoadShared(at + k * stride);
+    }
     return (part[0] + part[1]) + (part[2] + part[3]);
   };
+  auto sync = [&] {  // those who add up each other's sums
+    if (kSplit > 1) {
+      device.SyncCluster();
+    } else {
+      device.SyncBlock();
+    }
+  };
+  const int writer = rank * threads + thread, writers = kSplit * threads;
 
   const bool norm = p.fusion & kNorm, swiglu = p.fusion & kSwiglu, add = p.fusion & kResidual;
   const bool scatter = p.fusion & kScatter;
@@ -207,7 +222,7 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
     const bool square = norm && tile == first_tile && team == 0;
     float sum[kTiles][kColumns][4] = {}, sum_of_squares[kColumns] = {};
 
-    // This thread writes outputs thread, + threads, ... of [tile][row of x, padded][16]. The
+    // This thread writes outputs writer, + writers, ... of [tile][row of x, padded][16]. The
     // loop that does it is kept small: unrolled it was four fifths of the kernel's instructions,
     // all of which are fetched anew at every launch.
     const int outputs = min(pass_tiles, last_tile - tile) * kColumns * 8 * kTileRows;
@@ -217,7 +232,7 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
                  ? residual[static_cast<size_t>(m) * p.out + (tile + r) * kTileRows + (i & 15)]
                  : T(0.0f);
     };
-    T next_residual = load_residual(thread);
+    T next_residual = load_residual(writer);
 
     for (int i = 0; i < my_units; ++i) {
       device.WaitCopies(depth - 1);
@@ -328,11 +343,11 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
         }
       }
     }
-    device.SyncBlock();
+    sync();
     ESPARSE_KEEP_LOOP
-    for (int i = thread; i < outputs; i += threads) {
+    for (int i = writer; i < outputs; i += writers) {
       const T added = next_residual;
-      next_residual = load_residual(i + threads);
+      next_residual = load_residual(i + writers);
       const int row = i & 15, m = (i >> 4) % (8 * kColumns), r = (i >> 4) / (8 * kColumns);
       if (m >= rows || (swiglu && row >= 8)) continue;
       // mma leaves row g = lane / 4 and columns 2 (lane % 4) + 0, 1 in registers 0, 1; row g + 8 in
@@ -343,12 +358,13 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
                      4;
       float value = 0, up = 0, squared = 0;
       ESPARSE_KEEP_LOOP
-      for (int w = 0; w < groups; w += kMinGroups) {
-        value += add_four(at + w * sums_bytes, sums_bytes);
-        if (swiglu) up += add_four(at + w * sums_bytes + 8, sums_bytes);
+      for (int each = 0; each < all_groups; each += kMinGroups) {
+        const int of = kSplit > 1 ? each >> p.group_bits : 0, w = each - of * groups;
+        value += add_four(of, at + w * sums_bytes, sums_bytes);
+        if (swiglu) up += add_four(of, at + w * sums_bytes + 8, sums_bytes);
         if (norm) {
           constexpr uint32_t kSquaresBytes = kColumns * 8 * 4;
-          squared += add_four(squares + m * 4 + w * kSquaresBytes, kSquaresBytes);
+          squared += add_four(of, squares + m * 4 + w * kSquaresBytes, kSquaresBytes);
         }
       }
       const float scale = norm ? device.ReciprocalRoot(squared / channels + p.epsilon) : 1.0f;
@@ -367,12 +383,13 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
     }
     if (tile + pass_tiles < last_tile) {
       if (p.sums_toggle == 0) {
-        device.SyncBlock();
+        sync();
       } else {
         sums += (((tile - first_tile) / pass_tiles) & 1) ? -p.sums_toggle : p.sums_toggle;
       }
     }
   }
+  if (kSplit > 1) device.SyncCluster();  // a block that has ended has no memory to read
 }
 
 }  // namespace esparse::cuda

@@ -21,20 +21,26 @@ bool MakeCut(const Product& product, const Plan& plan, const Multiprocessors& de
   cut->columns = args.rows <= 8 ? 1 : 2;
   cut->tiles = plan.tiles;
   cut->teams = plan.teams;
+  cut->split = plan.split;
+  cut->form = plan.teams > 1    ? kShared
+              : plan.split == 1 ? kPlain
+              : plan.split == 2 ? kSplit2
+                                : kSplit4;
   cut->warps = plan.warps;
   const int all_tiles = args.out / kTileRows;
-  cut->grid = std::min(device.count * plan.blocks, all_tiles);
-  args.block_tiles = all_tiles / cut->grid;
-  args.block_tiles_extra = all_tiles % cut->grid;
+  const int clusters = std::min(device.count * plan.blocks / plan.split, all_tiles);
+  cut->grid = clusters * plan.split;
+  args.block_tiles = all_tiles / clusters;
+  args.block_tiles_extra = all_tiles % clusters;
   const int groups = plan.warps / plan.teams;
   args.group_bits = 0;
   while (1 << args.group_bits < groups) ++args.group_bits;
   args.units = CeilDiv(args.channels, kUnitChannels);
-  args.group_units = args.units / groups;
-  args.group_units_extra = args.units % groups;
+  args.group_units = args.units / (plan.split * groups);
+  args.group_units_extra = args.units % (plan.split * groups);
 
-  const int most_units = CeilDiv(args.units, groups);
-  const int passes = CeilDiv(CeilDiv(all_tiles, cut->grid), plan.tiles * plan.teams);
+  const int most_units = CeilDiv(args.units, plan.split * groups);
+  const int passes = CeilDiv(CeilDiv(all_tiles, clusters), plan.tiles * plan.teams);
   const int x_piece = args.rows * kUnitRowBytes;
   // Of the ring, for each piece that is under way; one team has x in it, teams that share x have a
   // ring of x of their own with one place more.
@@ -64,7 +70,8 @@ bool MakeCut(const Product& product, const Plan& plan, const Multiprocessors& de
 // so many channels.
 struct Rule {
   int rows, tiles, channels;
-  Plan plan;  // tiles, warps, blocks, interleave, depth (as many as fit), resident; one team
+  Plan plan;  // tiles, warps, blocks, interleave, depth (as many as fit), resident; one team, no
+              // split
 };
 constexpr int kAny = 1 << 30;
 constexpr int kLongRow = 7168;
@@ -110,6 +117,7 @@ Plan Choose(const Product& product, const Plan& given, const Multiprocessors& de
   prefer(given.depth, &plan.depth);
   prefer(given.resident, &plan.resident);
   plan.teams = std::max(given.teams, 1);
+  plan.split = device.clusters ? std::max(given.split, 1) : 1;
   return plan;
 }
 
@@ -122,6 +130,8 @@ int Multiprocessors::Capacity(int blocks) const {
 bool FitCut(const Product& product, const Plan& given, const Multiprocessors& device, Cut* cut) {
   Plan plan = Choose(product, given, device);
   const auto limit_teams = [&] { plan.teams = std::min(plan.teams, plan.warps / kMinGroups); };
+  while (plan.split > device.count * plan.blocks) plan.split /= 2;
+  if (plan.split > 1) plan.teams = 1;
   limit_teams();
   while (!MakeCut(product, plan, device, cut)) {
     if (plan.resident == 1) {

@@ -43,14 +43,17 @@ struct Plan {
   int32_t resident = 0;    // 1: x stays in shared memory for all tiles, 2: it passes with W
   int32_t teams = 0;  // 1, 2 or 4, of at least 4 warps: they compute different tiles at a time, and
                       // read x once for all of them; as many as the warps suffice for
+  int32_t split = 0;  // 1, 2 or 4 blocks, in clusters, split the channels; only for one team, and
+                      // from sm_90 on
 };
 
-constexpr int kPlanFields = 7;
+constexpr int kPlanFields = 8;
 
 // What a plan has to fit on.
 struct Multiprocessors {
   int count;
   int shared_per_block, shared_per_multiprocessor, reserved_per_block;  // bytes
+  bool clusters;                                                        // of blocks are there
 
   // Shared memory of a block when `blocks` of them share a multiprocessor.
   int Capacity(int blocks) const;
@@ -59,7 +62,8 @@ struct Multiprocessors {
 // The kernel's cut of one product, and the shared memory it takes.
 struct Cut {
   KernelArgs args;
-  int columns, tiles, teams, warps, grid, shared;
+  Form form;
+  int columns, tiles, teams, split, warps, grid, shared;
 };
 
 // The cut of a product by a plan, its zeros filled in. Where shared memory does not suffice, on

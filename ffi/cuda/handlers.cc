@@ -81,9 +81,9 @@ Dtype DtypeOf(const ffi::AnyBuffer& x) {
 ffi::ErrorOr<Plan> PlanOf(const ffi::Span<const int32_t>& fields) {
   Plan plan;
   if (fields.size() != kPlanFields) {
-    return ffi::Unexpected(InvalidArgument("a plan has ", kPlanFields, " numbers (tiles, warps, ",
-                                           "blocks, interleave, depth, resident, teams); got ",
-                                           fields.size(), "."));
+    return ffi::Unexpected(InvalidArgument(
+        "a plan has ", kPlanFields, " numbers (tiles, warps, ",
+        "blocks, interleave, depth, resident, teams, split); got ", fields.size(), "."));
   }
   const int32_t* field = fields.begin();
   plan.tiles = field[0];
@@ -93,6 +93,7 @@ ffi::ErrorOr<Plan> PlanOf(const ffi::Span<const int32_t>& fields) {
   plan.depth = field[4];
   plan.resident = field[5];
   plan.teams = field[6];
+  plan.split = field[7];
   const auto one_of = [](int32_t value, std::initializer_list<int32_t> allowed) {
     for (int32_t each : allowed) {
       if (value == each) return true;
@@ -101,12 +102,13 @@ ffi::ErrorOr<Plan> PlanOf(const ffi::Span<const int32_t>& fields) {
   };
   if (plan.tiles < 0 || plan.tiles > kMaxTiles || !one_of(plan.warps, {0, 4, 8, 16}) ||
       !one_of(plan.blocks, {0, 1, 2}) || !one_of(plan.interleave, {0, 1, 2}) || plan.depth < 0 ||
-      !one_of(plan.resident, {0, 1, 2}) || !one_of(plan.teams, {0, 1, 2, 4})) {
+      !one_of(plan.resident, {0, 1, 2}) || !one_of(plan.teams, {0, 1, 2, 4}) ||
+      !one_of(plan.split, {0, 1, 2, 4})) {
     return ffi::Unexpected(InvalidArgument(
         "a plan is tiles 1..4, warps 4, 8 or 16, blocks 1 or 2, interleave 1 or 2, depth 1..8, ",
-        "resident 1 or 2, teams 1, 2 or 4, and 0 for what is to be chosen; got ", plan.tiles, ", ",
-        plan.warps, ", ", plan.blocks, ", ", plan.interleave, ", ", plan.depth, ", ", plan.resident,
-        ", ", plan.teams, "."));
+        "resident 1 or 2, teams and split 1, 2 or 4, and 0 for what is to be chosen; got ",
+        plan.tiles, ", ", plan.warps, ", ", plan.blocks, ", ", plan.interleave, ", ", plan.depth,
+        ", ", plan.resident, ", ", plan.teams, ", ", plan.split, "."));
   }
   return plan;
 }

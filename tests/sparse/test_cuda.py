@@ -37,6 +37,7 @@ from esparse_jax.sparse import (
     sparse_mlp_reference,
 )
 from esparse_jax.sparse import matmul as matmul_file
+from esparse_jax.sparse.tune import decode_plans
 
 DECODE, CHAIN = "esparse_decode24_cuda_v3", "esparse_chain24_cuda_v2"
 
@@ -152,7 +153,7 @@ def test_a_chain_lowers_to_one_call(shuffled, last):
 
 @needs_build
 def test_a_chain_takes_plans_for_its_products(monkeypatch):
-    plans = {"gate_up": {"tiles": 3, "teams": 2}, "qkv": {"warps": 16}}
+    plans = {"gate_up": {"tiles": 3, "teams": 2}, "qkv": {"warps": 16, "split": 4}}
     attended, hidden, weights = _chain_operands(jnp.float16, 3, shuffled=False, last=False)
 
     def lowered(records):
@@ -162,8 +163,8 @@ def test_a_chain_takes_plans_for_its_products(monkeypatch):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     each = re.findall(r"plan = dense<(.*?)> : tensor", lowered(True))
-    assert each == ["0", "[3, 0, 0, 0, 0, 0, 2]", "0", "[0, 16, 0, 0, 0, 0, 0]"]
-    assert lowered(False).count(", 3, 0, 0, 0, 0, 0, 2, ") == 1
+    assert each == ["0", "[3, 0, 0, 0, 0, 0, 2, 0]", "0", "[0, 16, 0, 0, 0, 0, 0, 4]"]
+    assert lowered(False).count(", 3, 0, 0, 0, 0, 0, 2, 0, ") == 1
     with pytest.raises(ValueError, match="gate_up, down; got qkv as well"):
         sparse_mlp(hidden, weights.gate_up, weights.down, epsilon=1e-5, plans=plans)
 
@@ -332,13 +333,7 @@ def test_kernel_is_exact_to_the_rounding(shape, dtype):
 def test_every_plan_gives_the_same_product():
     shape = (2304, 448)
     blob = random_blob(shape)
-    plans = [
-        {"tiles": t, "warps": w, "blocks": b, "teams": n, "interleave": i, "resident": r}
-        for t in (1, 2, 3, 4)
-        for w, b, n in ((4, 2, 1), (8, 1, 1), (16, 1, 1), (8, 2, 2), (16, 1, 2), (16, 1, 4))
-        for i in (1, 2)
-        for r in (1, 2)
-    ]
+    plans = decode_plans(teams=(1, 2, 4), split=(1, 2, 4))
     for rows in (1, 16):
         x = random_x(rows, shape[1])
         results = jax.jit(

@@ -21,11 +21,12 @@ class Multiprocessors(NamedTuple):
     per_block: int
     per_multiprocessor: int
     reserved: int
+    clusters: bool = True
 
 
 # With the shared memory of Hopper, of Ampere's and Ada's smaller chips, and with hardly any.
 HOPPER = Multiprocessors(3, 232448, 233472, 1024)
-SMALL = Multiprocessors(2, 101376, 102400, 1024)
+SMALL = Multiprocessors(2, 101376, 102400, 1024, clusters=False)
 SCARCE = Multiprocessors(2, 30000, 31024, 1024)
 
 
@@ -38,6 +39,7 @@ class Used(NamedTuple):
     depth: int
     resident: int
     teams: int
+    split: int
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +123,7 @@ def test_every_plan_gives_the_same_product(
             strict=True,
         )
     )
-    for rows, late in ((1, True), (16, False), (16, True)):
+    for rows, late in ((1, False), (16, True)):
         x = random_x(rows, shape[1])
         status, got, used = _run(on_host, x, blob, plan, HOPPER, late=late)
         assert status == 0
@@ -132,19 +134,54 @@ def test_every_plan_gives_the_same_product(
         assert used.blocks == min(HOPPER.count * blocks, shape[0] // 16)
 
 
-@pytest.mark.parametrize("teams", [2, 4])
+@pytest.mark.parametrize(
+    ("field", "number"), [("teams", 2), ("teams", 4), ("split", 2), ("split", 4)]
+)
 @pytest.mark.parametrize("rows", [3, 9, 16])
-def test_teams_that_share_x_fuse_all_the_same(on_host, teams, rows):
+def test_what_shares_or_splits_x_fuses_all_the_same(on_host, field, number, rows):
     """Several passes over the tiles, the last of them with nothing for some teams."""
-    shape, dtype = (448, 1344), jnp.bfloat16
+    shape, dtype = (448, 704), jnp.bfloat16
+    device = HOPPER._replace(count=5)
     blob, x = random_blob(shape, dtype), random_x(rows, shape[1], dtype)
-    for number, variant in enumerate(variants(rows, shape, dtype)):
+    for at, variant in enumerate(variants(rows, shape, dtype)):
         if "permutation" in variant:
             continue
-        plan = {"tiles": 1, "warps": 16, "blocks": 1, "teams": teams, "resident": 1 + number % 2}
-        status, got, used = _run(on_host, x, blob, plan, HOPPER, late=number % 3 > 0, **variant)
-        assert (status, used.teams) == (0, teams)
+        plan = {"tiles": 1, "warps": 16, "blocks": 1, field: number, "resident": 1 + at % 2}
+        if field == "split":
+            plan |= {"warps": 4, "interleave": 1 + at // 2 % 2}
+        status, got, used = _run(on_host, x, blob, plan, device, late=at % 3 > 0, **variant)
+        assert (status, getattr(used, field)) == (0, number)
         assert relative(got, slow_product(x, blob, **variant)) < 1.5 * rounding(dtype)
+
+
+@pytest.mark.parametrize("split", [2, 4])
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4])
+@pytest.mark.parametrize(("warps", "blocks"), [(4, 2), (8, 1)])
+@pytest.mark.parametrize("resident", [1, 2])
+def test_blocks_that_split_the_channels_give_the_same_product(
+    on_host, split, tiles, warps, blocks, resident
+):
+    shape = (320, 832)
+    blob, x = random_blob(shape), random_x(16, shape[1])
+    plan = {"tiles": tiles, "warps": warps, "blocks": blocks, "split": split, "resident": resident}
+    device = HOPPER._replace(count=6)
+    for late in (False, True):
+        status, got, used = _run(on_host, x, blob, plan, device, late=late)
+        assert (status, used.split, used.blocks % split) == (0, split, 0)
+        assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
+
+
+def test_a_split_is_for_devices_with_clusters_and_for_one_team(on_host):
+    blob, x = random_blob((64, 1024)), random_x(2, 1024)
+    plan = {"warps": 8, "blocks": 2, "split": 2, "teams": 2}
+    _, _, used = _run(on_host, x, blob, plan, HOPPER)
+    assert (used.split, used.teams) == (2, 1)
+    status, got, used = _run(on_host, x, blob, plan, SMALL)
+    assert (status, used.split, used.teams) == (0, 1, 2)
+    assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
+    # Three multiprocessors hold no cluster of four blocks, one on each.
+    status, _, used = _run(on_host, x, blob, {"blocks": 1, "split": 4}, HOPPER)
+    assert (status, used.split) == (0, 2)
 
 
 @pytest.mark.parametrize("depth", range(1, 9))

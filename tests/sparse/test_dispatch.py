@@ -32,7 +32,7 @@ MATMUL, DECODE = "esparse_cusparselt_matmul_cuda_v1", "esparse_decode24_cuda_v3"
 H200 = Machine("NVIDIA H200", "9.0", "0.8.0")
 SHAPE = (64, 128)
 PLAN = {"tiles": 3, "warps": 4, "blocks": 2}
-PLAN_TEXT = "plan = dense<[3, 4, 2, 0, 0, 0, 0]>"
+PLAN_TEXT = "plan = dense<[3, 4, 2, 0, 0, 0, 0, 0]>"
 RULE_TEXT = "plan = dense<0>"
 
 pytestmark = pytest.mark.skipif(
