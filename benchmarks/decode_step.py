@@ -91,13 +91,17 @@ def read_plans(text: str) -> dict[str, dict[str, int]]:
     for part in text.split("+"):
         product, colon, fields = part.partition(":")
         pairs = [field.partition("=") for field in fields.split(",")]
-        if not colon or product not in PRODUCTS or product in plans:
-            raise SystemExit(f"--plans {text}: each part is PRODUCT:..., one of {PRODUCTS}, once.")
-        for name, _, value in pairs:
-            if value not in map(str, ffi.PLAN_VALUES.get(name, ())):
-                allowed = "; ".join(f"{name} {values}" for name, values in ffi.PLAN_VALUES.items())
-                raise SystemExit(f"--plans {text}: {name}={value} is not among {allowed}.")
-        plans[product] = {name: int(value) for name, _, value in pairs}
+        names = [name for name, _, _ in pairs]
+        if not colon or product not in PRODUCTS or product in plans or len({*names}) < len(names):
+            raise SystemExit(
+                f"--plans {text}: each part is PRODUCT:FIELD=NUMBER,..., every product (one of "
+                f"{', '.join(PRODUCTS)}) and every field of it once."
+            )
+        try:
+            plans[product] = {name: int(value) for name, _, value in pairs}
+            ffi.require_plan(plans[product])
+        except ValueError as error:
+            raise SystemExit(f"--plans {text}: {error}") from None
     return plans
 
 
@@ -297,8 +301,11 @@ def main(options: Options) -> None:
     """Prints a line for each form and number of rows, and writes them as JSON."""
     if jax.default_backend() != "gpu":
         raise SystemExit("benchmarks/decode_step.py times an NVIDIA GPU, and JAX sees none.")
-    for text in options.plans:
-        read_plans(text)  # before anything is timed
+    for text in options.plans:  # before anything is timed
+        if "mlp" in options.forms and {"o", "qkv"} & set(read_plans(text)):
+            raise SystemExit(
+                f"--plans {text}: --forms mlp has neither o nor qkv; name other forms."
+            )
     bandwidth = copy_bandwidth()
     machine = {
         "device": jax.devices()[0].device_kind,

@@ -36,7 +36,14 @@ from jaxtyping import Array, Float, Int
 
 from esparse_jax.files.checkpoint import compressed_layers, load_inference_model, load_model
 from esparse_jax.files.directory import read_config, require_directory
-from esparse_jax.inference.generate import CHUNK, decode, generate, prefill, split_once
+from esparse_jax.inference.generate import (
+    CHUNK,
+    columns_of,
+    decode,
+    generate,
+    prefill,
+    split_once,
+)
 from esparse_jax.models.cache import KVCache, init_cache
 from esparse_jax.models.fusion import with_dense_linears
 from esparse_jax.models.layers import CompressedWeight, Permutation
@@ -403,17 +410,19 @@ def measure(options: BenchOptions, form: str) -> BenchResult:
 def _times(options: BenchOptions, model: CausalLM) -> tuple[list[float], list[float]]:
     """Seconds to the first token, and of a decode step in the mean, one figure a repeat."""
     graphdef, state = split_once(model)
-    tokens = prompt_tokens(options)
+    tokens, lengths = columns_of(np.asarray(prompt_tokens(options)).tolist(), model.config)
     keys = jax.random.split(jax.random.key(0), CHUNK)
     chunks = options.steps // CHUNK if options.stage == "decode" else 0
-    slots = options.context + chunks * CHUNK
+    slots = tokens.shape[1] + chunks * CHUNK
     firsts, steps = [], []
     # The first one compiles; and on a GPU what is compiled last takes the graphs of what was
     # compiled before, which the second one makes again.
     for _ in range(options.repeats + 2):
         jax.block_until_ready(state)
         started = time.perf_counter()
-        token, cache = prefill(graphdef, state, tokens, None, keys[0], max_length=slots, **_GREEDY)
+        token, cache = prefill(
+            graphdef, state, tokens, lengths, keys[0], max_length=slots, **_GREEDY
+        )
         np.asarray(token)
         firsts.append(time.perf_counter() - started)
         if chunks:

@@ -20,7 +20,9 @@ CHUNK = 16
 # took what noise takes.
 SLOTS = 32
 # A prompt is computed with a multiple of a sixteenth of the next power of two tokens, so that many
-# lengths share what is compiled: at most an eighth more tokens than it has, and none up to 16.
+# lengths share what is compiled: less than an eighth more tokens than it has, and none up to 16. On
+# the CPU platform 20 prompts of 20 to 300 tokens took 20.0 s in place of 22.7 the first time, and
+# 2.00 in place of 1.98 from then on (20 million parameters, 17 new tokens).
 FINENESS = 16
 
 
@@ -68,7 +70,8 @@ class CachedModel(Protocol):
     """What `generate` asks of a model, beside being an `nnx.Module`; see `LlamaForCausalLM`.
 
     Of `config` it asks what `CachedConfig` says, `vocab_size`, `max_position_embeddings`, and
-    `causal`: that nothing computed for a token depends on tokens behind it.
+    `longest_alike(length)`: how many tokens may be computed in place of so many, those behind being
+    forgotten, without changing anything for these.
     """
 
     config: Any
@@ -138,7 +141,7 @@ def prefill(
         tokens: The prompts, all from the first column on. What stands behind them is computed and
             forgotten.
         lengths: Of the prompts, one number where all have the same; None where all end at the last
-            column. Of a model that is not causal the longest must end there.
+            column. There may be no more columns than `config.longest_alike` of the longest.
         key: Of the draw.
         max_length: Slots of the cache.
         **options: Of `sample`.
@@ -226,11 +229,7 @@ def generate(
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     rows = len(prompts)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    columns = _columns(int(lengths.max()), model.config)
-    tokens = np.zeros((rows, columns), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
+    tokens, lengths = columns_of(prompts, model.config)
     chunks = -(-(max_new_tokens - 1) // CHUNK)
     graphdef, state = split_once(model)
     options = {"temperature": float(temperature), "top_k": top_k, "top_p": float(top_p)}
@@ -238,10 +237,10 @@ def generate(
     token, cache = prefill(
         graphdef,
         state,
-        jnp.asarray(tokens),
-        jnp.asarray(lengths if lengths.min() < lengths.max() else lengths[0]),
+        tokens,
+        lengths,
         keys[0],
-        max_length=-(-(columns + chunks * CHUNK) // SLOTS) * SLOTS,
+        max_length=-(-(tokens.shape[1] + chunks * CHUNK) // SLOTS) * SLOTS,
         **options,
     )
     stops = np.array(sorted(stop_tokens), np.int32)
@@ -273,12 +272,19 @@ def generate(
     return [np.concatenate(part) for part in parts]
 
 
-def _columns(longest: int, config: Any) -> int:
-    """How many tokens are computed for a longest prompt of so many."""
-    if not config.causal:
-        return longest
+def columns_of(
+    prompts: Sequence[Sequence[int]], config: Any
+) -> tuple[Int[Array, "batch seq"], Int[Array, ""] | Int[Array, " batch"]]:
+    """Prompts as `prefill` takes them: their tokens, with others behind them, and their lengths."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
     step = max(1, (1 << (longest - 1).bit_length()) // FINENESS)
-    return min(-(-longest // step) * step, config.max_position_embeddings)
+    columns = min(-(-longest // step) * step, config.longest_alike(longest))
+    tokens = np.zeros((len(prompts), columns), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    one = lengths.min() == longest
+    return jnp.asarray(tokens), jnp.asarray(lengths[0] if one else lengths)
 
 
 def _check(

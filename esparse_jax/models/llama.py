@@ -364,13 +364,18 @@ class LlamaConfig:
                 f"For another, convert the checkpoint first."
             )
 
-    @property
-    def causal(self) -> bool:
-        """Whether nothing computed for a token depends on the tokens behind it.
+    def longest_alike(self, length: int) -> int:
+        """How long a sequence may be so that its tokens have the angles that `length` gives them.
 
-        So it is unless the rotary angles depend on the length of the whole sequence.
+        `longrope` and `dynamic` have others beyond the length that the model was first trained for.
         """
-        return self.rope.rope_type not in ("dynamic", "longrope")
+        original = self.rope.original_max_position_embeddings
+        match self.rope.rope_type:
+            case "longrope" | "dynamic" if length <= original:
+                return min(original, self.max_position_embeddings)
+            case "dynamic":
+                return length
+        return self.max_position_embeddings
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "LlamaConfig":

@@ -53,12 +53,28 @@ def _extension() -> ModuleType:
     return extension
 
 
-def _plan(plan: Mapping[str, int] | None) -> np.ndarray:
-    """How the kernel cuts its work, by ffi/cuda/decode_plan.h; it chooses what is not named."""
-    plan = plan or {}
+def require_plan(plan: Mapping[str, int]) -> None:
+    """Refuses what is no plan of the decode kernel, by ffi/cuda/decode_plan.h."""
     unknown = set(plan) - set(PLAN_FIELDS)
     if unknown:
         raise ValueError(f"a plan has the fields {PLAN_FIELDS}; got {sorted(unknown)} as well.")
+    for field, value in plan.items():
+        if value not in PLAN_VALUES[field]:
+            allowed = ", ".join(map(str, PLAN_VALUES[field]))
+            raise ValueError(f"{field} of a plan is {value}; it is one of {allowed}.")
+    teams = plan.get("teams", 1)
+    if teams > 1 and plan.get("split", 1) > 1:
+        raise ValueError("a plan with several teams has no split; leave one of them out.")
+    if plan.get("warps", LEAST_TEAM_WARPS * teams) < LEAST_TEAM_WARPS * teams:
+        raise ValueError(
+            f"{teams} teams of a plan need {LEAST_TEAM_WARPS * teams} warps; got {plan['warps']}."
+        )
+
+
+def _plan(plan: Mapping[str, int] | None) -> np.ndarray:
+    """How the kernel cuts its work; it chooses what is not named."""
+    plan = plan or {}
+    require_plan(plan)
     return np.array([plan.get(field, 0) for field in PLAN_FIELDS], np.int32)
 
 

@@ -140,6 +140,8 @@ def _plans_of(plans: Plans | None, products: Sequence[str]) -> dict[str, Plan | 
     unknown = sorted(set(plans or {}) - set(products))
     if unknown:
         raise ValueError(f"plans are for {', '.join(products)}; got {', '.join(unknown)} as well.")
+    for plan in (plans or {}).values():
+        _ffi_cuda.require_plan(plan)
     return {product: (plans or {}).get(product) for product in products}
 
 
@@ -163,10 +165,11 @@ def sparse_mlp(
         down: `blob24` of the down projection.
         epsilon: Of the RMSNorm.
         prefetch: As for `fused_matmul`.
-        plans: How the kernel cuts `gate_up` and `down`, where its own rule is not the best.
+        plans: How the kernel cuts `gate_up` and `down`, where its own rule is not the best; without
+            effect where there is no kernel.
 
     Raises:
-        ValueError: Shapes that do not fit each other, or plans of other products.
+        ValueError: Shapes that do not fit each other, or what is no plan of these products.
         TypeError: Different dtypes.
     """
     _require_mlp(x, gate_up, down)
@@ -252,14 +255,14 @@ def sparse_chain(
         epsilon: Of all norms.
         prefetch: As for `fused_matmul`.
         plans: How the kernel cuts `o`, `gate_up`, `down` and `qkv`, where its own rule is not the
-            best.
+            best; without effect where there is no kernel.
 
     Returns:
         The residual stream, and the next layer's queries, keys and values; None without
         `weights.qkv`.
 
     Raises:
-        ValueError: Shapes that do not fit each other, or plans of other products.
+        ValueError: Shapes that do not fit each other, or what is no plan of these products.
         TypeError: Different dtypes.
     """
     _require_chain(attended, hidden, weights)

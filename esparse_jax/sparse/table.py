@@ -396,11 +396,7 @@ def _decode_from_json(fields: Any) -> DecodeTime:
         _require_fields(plan, (), tuple(_ffi_cuda.PLAN_VALUES), "plan")
         for field, value in plan.items():
             _require_whole(value, field)
-            if value not in _ffi_cuda.PLAN_VALUES[field]:
-                raise ValueError(
-                    f"{field} of a plan is {value}; it is one of "
-                    f"{', '.join(map(str, _ffi_cuda.PLAN_VALUES[field]))}"
-                )
+        _ffi_cuda.require_plan(plan)
     return DecodeTime(microseconds, plan)
 
 

@@ -93,6 +93,13 @@ cudaError_t PrepareOn(const Device& device, const Product& product, const Plan& 
 
 }  // namespace
 
+cudaError_t CutOf(const Product& product, const Plan& plan, Cut* cut) {
+  Device device;
+  ESPARSE_CUDA_RETURN_IF_ERROR(Device::Current(&device));
+  const bool fits = FitCut(product, plan, device.multiprocessors, cut);
+  return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
 cudaError_t Prepare(const Product& product, const Plan& plan, Start start, KernelLaunch* launch) {
   if (product.fusion & kPermute) return cudaErrorNotSupported;
   Device device;

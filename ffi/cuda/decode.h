@@ -23,6 +23,9 @@ enum class Start : int32_t {
               // kernel before began
 };
 
+// The cut that the current device gets.
+cudaError_t CutOf(const Product& product, const Plan& plan, Cut* cut);
+
 // Queues the product.
 cudaError_t Launch(const Product& product, const Plan& plan, Start start, cudaStream_t stream);
 

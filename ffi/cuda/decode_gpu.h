@@ -37,9 +37,27 @@ class DecodeGpu {
   ESPARSE_DEVICE void LetNextStart() const { cuda::LetNextStart(); }
   ESPARSE_DEVICE void SyncWarp() const { __syncwarp(); }
   ESPARSE_DEVICE void SyncBlock() const { __syncthreads(); }
-  // The warps of a group, one of each team.
+  // The warps of a group, one of each team. The barrier's number must be a constant: else all 16
+  // are set aside for a block, and some devices have no more for two of them.
   ESPARSE_DEVICE void SyncTeams(int group, int teams) const {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(32 * teams) : "memory");
+    switch (group) {
+      case 0:
+        return SyncSome<1>(32 * teams);
+      case 1:
+        return SyncSome<2>(32 * teams);
+      case 2:
+        return SyncSome<3>(32 * teams);
+      case 3:
+        return SyncSome<4>(32 * teams);
+      case 4:
+        return SyncSome<5>(32 * teams);
+      case 5:
+        return SyncSome<6>(32 * teams);
+      case 6:
+        return SyncSome<7>(32 * teams);
+      default:
+        return SyncSome<kMaxWarps / 2>(32 * teams);
+    }
   }
 #if __CUDA_ARCH__ >= 900
   ESPARSE_DEVICE void SyncCluster() const { cuda::SyncCluster(); }
@@ -169,6 +187,11 @@ class DecodeGpu {
   template <int kPending>
   static ESPARSE_DEVICE void WaitCopies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  }
+
+  template <int kBarrier>
+  static ESPARSE_DEVICE void SyncSome(int threads) {
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
   }
 
   uint32_t shared_;

@@ -25,7 +25,20 @@
 //
 // The warps of a block share the channels of its tiles. Each keeps a ring of pieces of its own in
 // shared memory (a piece: one unit of kTiles tiles, with x), filled with cp.async, and waits for
-// nobody until the partial sums meet at the end of the tiles.
+// nobody until the partial sums meet at the end of the tiles:
+//
+//   warp 0: depth x (W, x) | warp 1: depth x (W, x) | ... | sums of every warp | its squares of x
+//
+// With several teams (kShares) a group, one warp of each team, has the same channels, every one of
+// them with tiles of its own, and one copy of x between them. They meet at every piece: then x has
+// arrived, whichever of them asked for it, and all have read the piece before, into whose place the
+// next x may go. So x has a ring of its own, one place deeper than that of W:
+//
+//   warp 0: depth x W | warp 1: depth x W | ... | group 0: (depth + 1) x x | ... | sums | squares
+//
+// Where x is resident all its pieces have places of their own, filled during the first pass over
+// the tiles. kSplit blocks, a cluster, have the same tiles; their groups share the channels, and
+// they add up each other's sums.
 #ifndef ESPARSE_FFI_CUDA_DECODE_KERNEL_H_
 #define ESPARSE_FFI_CUDA_DECODE_KERNEL_H_
 
@@ -41,12 +54,8 @@ struct Fragments {
   uint32_t x, y, z, w;
 };
 
-// kTiles tiles at a time, kColumns * 8 >= rows. Shared memory: for every warp its ring (and x,
-// where resident), then the partial sums [group][tile][column][lane][4], then sums of squares
-// [group][row]. A group of warps has the same channels: one warp; but where kShares, a warp of each
-// team. Then x lies between the rings and the sums, for every group a ring of pieces of its own (or
-// all of them, where resident). kSplit blocks of a cluster have the same tiles, and their groups
-// other channels.
+// kTiles tiles at a time, kColumns * 8 >= rows. The sums are [group][tile][column][lane][4], the
+// squares [group][row].
 template <typename Device, typename T, int kColumns, int kTiles, bool kShares, int kSplit>
 ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x, const T* residual,
                            const int32_t* places, T* y, T* scattered, const KernelArgs& p) {
@@ -249,6 +258,7 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
         // Of depth + 1 places that of the piece before is the next one to fill.
         if (next_tile < last_tile) load_x(place_of_x(x_slot == 0 ? depth : x_slot - 1));
         if (++x_slot > depth) x_slot = 0;
+        device.SyncWarp();  // its halves may have had different numbers of rows to load
       }
 
       uint32_t indices[kTiles][2];

@@ -118,6 +118,8 @@ Plan Choose(const Product& product, const Plan& given, const Multiprocessors& de
   prefer(given.resident, &plan.resident);
   plan.teams = std::max(given.teams, 1);
   plan.split = device.clusters ? std::max(given.split, 1) : 1;
+  if (given.warps == 0) plan.warps = std::max(plan.warps, kMinGroups * plan.teams);
+  if (given.blocks == 0 && plan.warps * plan.blocks > kMaxWarps) plan.blocks = 1;
   return plan;
 }
 
@@ -131,8 +133,6 @@ bool FitCut(const Product& product, const Plan& given, const Multiprocessors& de
   Plan plan = Choose(product, given, device);
   const auto limit_teams = [&] { plan.teams = std::min(plan.teams, plan.warps / kMinGroups); };
   while (plan.split > device.count * plan.blocks) plan.split /= 2;
-  if (plan.split > 1) plan.teams = 1;
-  limit_teams();
   while (!MakeCut(product, plan, device, cut)) {
     if (plan.resident == 1) {
       plan.resident = 2;

@@ -41,13 +41,20 @@ struct Plan {
   int32_t interleave = 0;  // 1: a warp's channels are strewn, 2: they are a run
   int32_t depth = 0;       // 1..8 pieces of W a warp has under way, at most
   int32_t resident = 0;    // 1: x stays in shared memory for all tiles, 2: it passes with W
-  int32_t teams = 0;  // 1, 2 or 4, of at least 4 warps: they compute different tiles at a time, and
-                      // read x once for all of them; as many as the warps suffice for
-  int32_t split = 0;  // 1, 2 or 4 blocks, in clusters, split the channels; only for one team, and
-                      // from sm_90 on
+  // 1, 2 or 4 teams of at least 4 warps. A team has tiles of its own; all read one copy of x.
+  int32_t teams = 0;
+  // 1, 2 or 4 blocks, a cluster, have the same tiles and split the channels: from sm_90 on, for one
+  // team. A part of the device whose multiprocessors are no multiple of 4 leaves some of them idle
+  // at 4 and one block a multiprocessor.
+  int32_t split = 0;
 };
 
+// As it is handed over: its fields in their order.
 constexpr int kPlanFields = 8;
+inline Plan PlanOf(const int32_t* fields) {
+  static_assert(sizeof(Plan) == kPlanFields * sizeof(int32_t));
+  return {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6], fields[7]};
+}
 
 // What a plan has to fit on.
 struct Multiprocessors {

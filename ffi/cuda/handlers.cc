@@ -78,37 +78,30 @@ Dtype DtypeOf(const ffi::AnyBuffer& x) {
   return x.element_type() == ffi::F16 ? Dtype::kFloat16 : Dtype::kBfloat16;
 }
 
-ffi::ErrorOr<Plan> PlanOf(const ffi::Span<const int32_t>& fields) {
-  Plan plan;
+ffi::ErrorOr<Plan> CheckedPlan(const ffi::Span<const int32_t>& fields) {
   if (fields.size() != kPlanFields) {
-    return ffi::Unexpected(InvalidArgument(
-        "a plan has ", kPlanFields, " numbers (tiles, warps, ",
-        "blocks, interleave, depth, resident, teams, split); got ", fields.size(), "."));
+    return ffi::Unexpected(InvalidArgument("a plan has ", kPlanFields, " numbers (tiles, warps, ",
+                                           "blocks, interleave, depth, resident, teams, split); ",
+                                           "got ", fields.size(), "."));
   }
-  const int32_t* field = fields.begin();
-  plan.tiles = field[0];
-  plan.warps = field[1];
-  plan.blocks = field[2];
-  plan.interleave = field[3];
-  plan.depth = field[4];
-  plan.resident = field[5];
-  plan.teams = field[6];
-  plan.split = field[7];
+  const Plan plan = PlanOf(fields.begin());
   const auto one_of = [](int32_t value, std::initializer_list<int32_t> allowed) {
     for (int32_t each : allowed) {
       if (value == each) return true;
     }
     return false;
   };
+  const bool crowded = plan.warps > 0 && plan.warps < kMinGroups * plan.teams;
   if (plan.tiles < 0 || plan.tiles > kMaxTiles || !one_of(plan.warps, {0, 4, 8, 16}) ||
       !one_of(plan.blocks, {0, 1, 2}) || !one_of(plan.interleave, {0, 1, 2}) || plan.depth < 0 ||
-      !one_of(plan.resident, {0, 1, 2}) || !one_of(plan.teams, {0, 1, 2, 4}) ||
-      !one_of(plan.split, {0, 1, 2, 4})) {
+      !one_of(plan.resident, {0, 1, 2}) || !one_of(plan.teams, {0, 1, 2, 4}) || crowded ||
+      !one_of(plan.split, {0, 1, 2, 4}) || (plan.teams > 1 && plan.split > 1)) {
     return ffi::Unexpected(InvalidArgument(
         "a plan is tiles 1..4, warps 4, 8 or 16, blocks 1 or 2, interleave 1 or 2, depth 1..8, ",
-        "resident 1 or 2, teams and split 1, 2 or 4, and 0 for what is to be chosen; got ",
-        plan.tiles, ", ", plan.warps, ", ", plan.blocks, ", ", plan.interleave, ", ", plan.depth,
-        ", ", plan.resident, ", ", plan.teams, ", ", plan.split, "."));
+        "resident 1 or 2, teams 1, 2 or 4 of at least 4 warps, split 1, 2 or 4 where there is one ",
+        "team, and 0 for what is to be chosen; got ", plan.tiles, ", ", plan.warps, ", ",
+        plan.blocks, ", ", plan.interleave, ", ", plan.depth, ", ", plan.resident, ", ", plan.teams,
+        ", ", plan.split, "."));
   }
   return plan;
 }
@@ -243,7 +236,7 @@ ffi::Error Decode24Impl(cudaStream_t stream, ffi::RemainingArgs arguments,
                         ffi::Span<const int32_t> plan_fields) {
   Product product;
   ESPARSE_RETURN_IF_ERROR(OneProduct(arguments, results, fusion, epsilon, &product));
-  ffi::ErrorOr<Plan> plan = PlanOf(plan_fields);
+  ffi::ErrorOr<Plan> plan = CheckedPlan(plan_fields);
   if (!plan.has_value()) return plan.error();
   // While XLA traces a call, its kernels make a graph of their own, with no kernel before them to
   // overlap with: fetching W apart from x would only cost.
@@ -302,7 +295,7 @@ ffi::Error Chain24Impl(cudaStream_t stream, ffi::RemainingArgs arguments,
     }
     Product product;
     ESPARSE_RETURN_IF_ERROR(MakeProduct(operands, step.fusion, epsilon, &product));
-    ffi::ErrorOr<Plan> plan = PlanOf(ffi::Span<const int32_t>(step.plan, kPlanFields));
+    ffi::ErrorOr<Plan> plan = CheckedPlan(ffi::Span<const int32_t>(step.plan, kPlanFields));
     if (!plan.has_value()) return plan.error();
     steps.emplace_back(product, *plan);
   }
@@ -322,7 +315,7 @@ ffi::Error Record24Impl(record::Recorder recorder, ffi::RemainingArgs arguments,
                         ffi::Span<const int32_t> plan_fields) {
   Product product;
   ESPARSE_RETURN_IF_ERROR(OneProduct(arguments, results, fusion, epsilon, &product));
-  ffi::ErrorOr<Plan> plan = PlanOf(plan_fields);
+  ffi::ErrorOr<Plan> plan = CheckedPlan(plan_fields);
   if (!plan.has_value()) return plan.error();
   bool runs = false;
   ESPARSE_RETURN_IF_ERROR(ToError(CubinsRun(&runs), "asking for the compute capability"));

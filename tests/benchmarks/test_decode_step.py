@@ -26,9 +26,12 @@ def test_plans_are_read_product_by_product(decode_step):
         ("tiles=3", "each part is PRODUCT"),
         ("up:tiles=3", "each part is PRODUCT"),
         ("o:tiles=3+o:warps=8", "once"),
-        ("o:tiles=5", r"tiles=5 is not among tiles \(1, 2, 3, 4\)"),
-        ("o:tile=3", "tile=3 is not among"),
-        ("o:", "= is not among"),
+        ("o:tiles=3,tiles=2", "every field of it once"),
+        ("o:tiles=5", "tiles of a plan is 5; it is one of 1, 2, 3, 4"),
+        ("o:tile=3", "'tile'"),
+        ("o:", "invalid literal"),
+        ("o:warps=8,teams=4", "4 teams of a plan need 16 warps; got 8"),
+        ("o:split=2,teams=4", "has no split"),
     ],
 )
 def test_other_texts_are_refused(decode_step, text, match):

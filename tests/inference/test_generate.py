@@ -8,7 +8,15 @@ import pytest
 from flax import nnx
 
 from esparse_jax import generate
-from esparse_jax.inference.generate import CHUNK, HashedOnce, decode, prefill, sample, split_once
+from esparse_jax.inference.generate import (
+    CHUNK,
+    HashedOnce,
+    columns_of,
+    decode,
+    prefill,
+    sample,
+    split_once,
+)
 from esparse_jax.models import LlamaConfig, LlamaForCausalLM
 
 # The name of the file is that of the function in the room.
@@ -60,50 +68,68 @@ def test_steps_are_compiled_once_for_prompts_of_about_one_length(model):
     assert decode._cache_size() == compiled
 
 
+def _columns(longest, config):
+    tokens, _ = columns_of([[1] * longest], config)
+    return tokens.shape[1]
+
+
+def _assert_greedy(model, prompts, count=CHUNK + 1):
+    for prompt, tokens in zip(prompts, generate(model, prompts, max_new_tokens=count), strict=True):
+        whole = jnp.asarray([prompt + tokens.tolist()])
+        expected = np.asarray(model(whole))[0, len(prompt) - 1 : -1].argmax(axis=-1)
+        np.testing.assert_array_equal(tokens, expected)
+
+
 def test_prompts_of_about_one_length_are_read_by_one_function(model):
     """With tokens too many behind them, which nothing sees."""
-    lengths = {longest: generate_file._columns(longest, model.config) for longest in range(1, 65)}
+    lengths = {longest: _columns(longest, model.config) for longest in range(1, 65)}
     assert all(lengths[n] == n for n in range(1, 17))
     assert all(n <= lengths[n] < 1.125 * n for n in lengths)
     assert len(set(lengths.values())) == 16 + 8 + 8
     random = np.random.default_rng(0)
 
-    def run(longest):
-        prompts = [random.integers(0, 31, n).tolist() for n in (longest, longest - 9)]
-        for prompt, tokens in zip(
-            prompts, generate(model, prompts, max_new_tokens=CHUNK + 1), strict=True
-        ):
-            whole = jnp.asarray([prompt + tokens.tolist()])
-            expected = np.asarray(model(whole))[0, len(prompt) - 1 : -1].argmax(axis=-1)
-            np.testing.assert_array_equal(tokens, expected)
+    def prompts(*lengths):
+        return [random.integers(0, 31, n).tolist() for n in lengths]
 
-    run(33)
-    compiled = prefill._cache_size()
-    for longest in (34, 36):
-        run(longest)
-    assert prefill._cache_size() == compiled
-    run(37)
-    assert prefill._cache_size() == compiled + 1
+    for others in ((), (0,), (-9,)):  # a row alone, two of one length, two of different lengths
+        _assert_greedy(model, prompts(33, *(33 + other for other in others)))
+        compiled = prefill._cache_size()
+        for longest in (34, 36):
+            _assert_greedy(model, prompts(longest, *(longest + other for other in others)))
+        assert prefill._cache_size() == compiled
+        _assert_greedy(model, prompts(37, *(37 + other for other in others)))
+        assert prefill._cache_size() == compiled + 1
 
 
 def test_a_prompt_stays_inside_the_context(model):
     context = FIELDS["max_position_embeddings"]
-    (tokens,) = generate(model, [[1] * (context - 1)], max_new_tokens=1)
-    assert tokens.shape == (1,)
+    _assert_greedy(model, [[1] * (context - 1)], count=1)
     config = LlamaConfig.from_dict(FIELDS | {"max_position_embeddings": 61})
-    assert generate_file._columns(60, config) == 60
-    assert generate_file._columns(61, config) == 61
+    assert _columns(60, config) == 60
+    assert _columns(61, config) == 61
 
 
-def test_where_angles_follow_the_length_a_prompt_is_computed_as_it_is():
-    scaling = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
-    config = LlamaConfig.from_dict(FIELDS | scaling | {"max_position_embeddings": 18})
-    assert not config.causal
+def test_a_prompt_keeps_the_angles_of_its_length():
+    scaling = {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "short_factor": [1.0, 1.0],
+        "long_factor": [8.0, 3.0],
+        "original_max_position_embeddings": 33,
+    }
+    config = LlamaConfig.from_dict(FIELDS | {"rope_scaling": scaling})
     model = LlamaForCausalLM(config, rngs=nnx.Rngs(0))
-    prompt = list(range(17))
-    (tokens,) = generate(model, [prompt], max_new_tokens=1)
-    assert tokens[0] == np.asarray(model(jnp.asarray([prompt])))[0, -1].argmax()
-    assert generate_file._columns(17, config) == 17
+    random = np.random.default_rng(0)
+    for longest, columns in ((33, 33), (34, 36)):  # short factors, long ones
+        assert _columns(longest, config) == columns
+        rows = random.integers(0, 31, (8, longest))
+        expected = np.asarray(model(jnp.asarray(rows)))[:, -1].argmax(axis=-1)
+        tokens = generate(model, rows.tolist(), max_new_tokens=1)
+        np.testing.assert_array_equal(np.concatenate(tokens), expected)
+    dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    config = LlamaConfig.from_dict(FIELDS | dynamic)
+    assert _columns(33, config) == 36
+    assert config.longest_alike(65) == 65
 
 
 def test_rows_end_before_their_stop_token_and_chunks_are_streamed(model, greedy):

@@ -74,6 +74,8 @@ def _check(got, written, want, wanted, length, rounding):
 
 @pytest.fixture(scope="session")
 def on_host(tmp_path_factory):
+    if not host_build.has_float16():
+        pytest.skip("the C++ compiler has no _Float16")
     file = tmp_path_factory.mktemp("attention") / "attention.so"
     host_build.build(file, "cuda/testing/attention_on_host.cc")
     return ctypes.CDLL(str(file)).esparse_attend_on_host
@@ -249,7 +251,7 @@ def test_a_model_decodes_the_same_with_and_without_overlap(kv_heads, shuffle):
     prompt = jnp.asarray(np.random.default_rng(0).integers(0, 512, (2, 90)), jnp.int32)
     keys = jax.random.split(jax.random.key(0), CHUNK)
     token, cache = prefill(
-        graphdef, state, prompt, jnp.array([0, 7]), keys[0], max_length=300, **greedy
+        graphdef, state, prompt, jnp.array([90, 83]), keys[0], max_length=300, **greedy
     )
 
     @jax.jit

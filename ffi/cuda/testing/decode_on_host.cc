@@ -2,6 +2,7 @@
 // of given numbers. Built by the tests.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -42,14 +43,37 @@ struct Bfloat16 {
   }
 };
 
+// What the kernel before writes. Until it has ended there is something else in its place.
+class Later {
+ public:
+  Later(const void* data, size_t bytes)
+      : data_(static_cast<const char*>(data)), seen_(data == nullptr ? 0 : bytes, '\xff') {}
+
+  // Whether the range is inside, and begins at a multiple of its size.
+  bool Holds(const void* from, size_t size) const {
+    const std::ptrdiff_t at = static_cast<const char*>(from) - seen_.data();
+    return at >= 0 && at + size <= seen_.size() && at % size == 0;
+  }
+  void Arrive() { std::copy(data_, data_ + seen_.size(), seen_.begin()); }
+  template <typename T>
+  const T* Seen() const {
+    return reinterpret_cast<const T*>(seen_.data());
+  }
+
+ private:
+  const char* data_;
+  std::vector<char> seen_;
+};
+
 // When a copy to shared memory takes place: at its request, or when it is waited for.
 enum class Copies { kEarly, kLate };
 
 // What the kernel needs of a device.
 class Host {
  public:
-  Host(Fiber& fiber, Copies copies, bool* outside)
-      : fiber_(fiber), copies_(copies), outside_(outside) {}
+  // May copy from the two ranges. `outside` is told where it does something a GPU would not take.
+  Host(Fiber& fiber, Copies copies, const Later& blob, const Later& x, bool* outside)
+      : fiber_(fiber), copies_(copies), blob_(blob), x_(x), outside_(outside) {}
 
   unsigned Thread() const { return fiber_.Thread(); }
   unsigned Threads() const { return fiber_.Threads(); }
@@ -65,7 +89,9 @@ class Host {
     std::memcpy(&value, Place(rank, address, sizeof(value)), sizeof(value));
     return value;
   }
-  void SyncTeams(int group, int teams) { fiber_.SyncSome(group, kWarpThreads * teams); }
+  void SyncTeams(int group, int teams) {
+    if (!fiber_.SyncSome(1 + group, kWarpThreads * teams)) *outside_ = true;
+  }
   float Exchange(float x, int offset) { return fiber_.Exchange(x, offset); }
 
   void CopyReadOnce(uint32_t to, const void* from, int size) { Copy(to, from, size); }
@@ -84,10 +110,12 @@ class Host {
     uint32_t lines[kWarpThreads], parts[4];
     fiber_.Exchange(address, lines);
     const int lane = fiber_.Lane();
+    Place(address, 16);
     for (int i = 0; i < 4; ++i) Read(lines[8 * i + lane / 4] + lane % 4 * 4, &parts[i]);
     return {parts[0], parts[1], parts[2], parts[3]};
   }
   void LoadShared(uint32_t address, uint32_t* first, uint32_t* second) {
+    Place(address, 8);
     Read(address, first);
     Read(address + 4, second);
   }
@@ -98,6 +126,7 @@ class Host {
   }
   void StoreShared(uint32_t address, float value) { Write(address, value); }
   void StoreShared(uint32_t address, const float (&four)[4]) {
+    Place(address, 16);
     for (int i = 0; i < 4; ++i) Write(address + 4 * i, four[i]);
   }
 
@@ -168,6 +197,10 @@ class Host {
   };
 
   void Copy(uint32_t to, const void* from, int size) {
+    if (size > 0 && !blob_.Holds(from, size) && !x_.Holds(from, size)) {
+      *outside_ = true;
+      return;
+    }
     if (copies_ == Copies::kEarly) {
       Perform({to, from, size});
     } else {
@@ -197,27 +230,11 @@ class Host {
 
   Fiber& fiber_;
   Copies copies_;
+  const Later &blob_, &x_;
   bool* outside_;
   std::vector<Request> requested_;
   std::deque<std::vector<Request>> groups_;
   alignas(16) char nowhere_[16];
-};
-
-// What the kernel before writes. Until it has ended there is something else in its place.
-class Later {
- public:
-  Later(const void* data, size_t bytes)
-      : data_(static_cast<const char*>(data)), seen_(data == nullptr ? 0 : bytes, '\xff') {}
-
-  void Arrive() { std::copy(data_, data_ + seen_.size(), seen_.begin()); }
-  template <typename T>
-  const T* Seen() const {
-    return reinterpret_cast<const T*>(seen_.data());
-  }
-
- private:
-  const char* data_;
-  std::vector<char> seen_;
 };
 
 enum Outcome { kDone = 0, kNoCut = 1, kEndless = 2, kOutside = 3 };
@@ -237,7 +254,7 @@ Outcome RunGrid(const Product& product, const Cut& cut, Copies copies) {
       blob.Arrive();
     };
     const auto decode = [&](Fiber& fiber) {
-      Host host(fiber, copies, &outside);
+      Host host(fiber, copies, blob, x, &outside);
       Decode<Host, T, kColumns, kTiles, kShares, kSplit>(
           host, blob.Seen<uint8_t>(), x.Seen<T>(), residual.Seen<T>(), product.places,
           static_cast<T*>(product.y), static_cast<T*>(product.scattered), cut.args);
@@ -273,9 +290,9 @@ Outcome RunInstance(const Product& product, const Cut& cut, Copies copies) {
 }  // namespace esparse::cuda
 
 // 0; 1 where the plan fits no such device; 2 where threads wait for each other for ever; 3 where
-// shared memory is read or written outside the kernel's own. `plan` has the fields of Plan,
-// `device` those of Multiprocessors; `used` is told tiles, warps, blocks, depth, whether x is
-// resident, teams and split, as they are.
+// memory is read or written outside what is given, or not at a multiple of its size, or a barrier
+// is none. `plan` has the fields of Plan, `device` those of Multiprocessors; `used` is told tiles,
+// warps, blocks, depth, whether x is resident, teams and split, as they are.
 extern "C" __attribute__((visibility("default"))) int esparse_decode_on_host(
     int bfloat16, int64_t rows, int64_t out, int64_t channels, int fusion, float epsilon,
     const int32_t* plan_fields, const int* device_fields, int prefetch, int late_copies,
@@ -295,12 +312,10 @@ extern "C" __attribute__((visibility("default"))) int esparse_decode_on_host(
   product.dtype = bfloat16 ? Dtype::kBfloat16 : Dtype::kFloat16;
   product.fusion = fusion;
   product.epsilon = epsilon;
-  const Plan plan = {plan_fields[0], plan_fields[1], plan_fields[2], plan_fields[3],
-                     plan_fields[4], plan_fields[5], plan_fields[6], plan_fields[7]};
   const Multiprocessors device = {device_fields[0], device_fields[1], device_fields[2],
                                   device_fields[3], device_fields[4] != 0};
   Cut cut;
-  if (!FitCut(product, plan, device, &cut)) return kNoCut;
+  if (!FitCut(product, PlanOf(plan_fields), device, &cut)) return kNoCut;
   cut.args.prefetch = prefetch;
   const int told[] = {cut.tiles,         cut.warps, cut.grid, cut.args.depth,
                       cut.args.resident, cut.teams, cut.split};

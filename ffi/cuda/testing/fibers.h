@@ -76,6 +76,8 @@ class Fiber {
   int Rank() const { return rank_; }         // of the block in its cluster
   int Lane() const { return thread_ % kWarpThreads; }
 
+  // All threads of the cluster meet here, as those of a GPU do not have to: what a kernel would
+  // need a barrier for around it is not seen.
   void WaitForPrevious() {
     Meet(&running_->all_);  // until then all have what was there before
     if (running_->cluster_.previous) running_->cluster_.previous();
@@ -84,11 +86,15 @@ class Fiber {
   void SyncWarp() { Meet(&running_->warps_[Warp()]); }
   void SyncBlock() { Meet(&running_->blocks_[rank_]); }
   void SyncCluster() { Meet(&running_->all_); }
-  // So many threads of the block, all of which name the same place.
-  void SyncSome(int place, int threads) {
-    Meeting& meeting = running_->some_[{rank_, place}];
+  // So many threads of the block, all of which name the same barrier; false where they do not
+  // agree how many they are, or where a GPU has no such barrier.
+  bool SyncSome(int barrier, int threads) {
+    constexpr int kBarriers = 16;
+    Meeting& meeting = running_->some_[{rank_, barrier}];
+    const bool agreed = meeting.arrived == 0 || meeting.expected == threads;
     meeting.expected = threads;
     Meet(&meeting);
+    return agreed && barrier > 0 && barrier < kBarriers;
   }
 
   // The shared memory of a block of the cluster.
@@ -178,7 +184,7 @@ inline Running::Running(const Cluster& cluster, int first_block) : cluster_(clus
 
 inline bool Running::ToTheEnd() {
   constexpr int kPatience = 64;
-  std::minstd_rand chance;
+  std::minstd_rand chance(1 + fibers_.front()->block_);
   std::vector<bool> rests(warps_.size());
   int idle = cluster_.uneven ? 1 : 0;  // rounds in which nobody got on
   for (bool running = true; running;) {
