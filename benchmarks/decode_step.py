@@ -91,8 +91,9 @@ def read_plans(text: str) -> dict[str, dict[str, int]]:
     for part in text.split("+"):
         product, colon, fields = part.partition(":")
         pairs = [field.partition("=") for field in fields.split(",")]
-        names = [name for name, _, _ in pairs]
-        if not colon or product not in PRODUCTS or product in plans or len({*names}) < len(names):
+        names = {name for name, _, _ in pairs}
+        read = colon and all(value.isdecimal() for _, _, value in pairs)
+        if not read or product not in PRODUCTS or product in plans or len(names) < len(pairs):
             raise SystemExit(
                 f"--plans {text}: each part is PRODUCT:FIELD=NUMBER,..., every product (one of "
                 f"{', '.join(PRODUCTS)}) and every field of it once."
@@ -302,7 +303,8 @@ def main(options: Options) -> None:
     if jax.default_backend() != "gpu":
         raise SystemExit("benchmarks/decode_step.py times an NVIDIA GPU, and JAX sees none.")
     for text in options.plans:  # before anything is timed
-        if "mlp" in options.forms and {"o", "qkv"} & set(read_plans(text)):
+        products = set(read_plans(text))
+        if "mlp" in options.forms and products & {"o", "qkv"}:
             raise SystemExit(
                 f"--plans {text}: --forms mlp has neither o nor qkv; name other forms."
             )

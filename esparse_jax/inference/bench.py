@@ -3,7 +3,8 @@
 Each form runs in a process of its own, one after the other: so no two models are on the device, and
 the peak of device memory is that form's. This process touches no device. In the child the model is
 made (random 2:4 weights of a published shape) or read, layer by layer, and timed through the
-functions that `generate` calls.
+functions that `generate` calls; as there, a prompt whose length is not round is computed with up to
+an eighth more tokens, which count for nothing (`columns_of`).
 
     sparse   the inference model on compressed weights
     dense    its dense twin: the same code and structure, XLA's products
@@ -42,6 +43,7 @@ from esparse_jax.inference.generate import (
     decode,
     generate,
     prefill,
+    slots_of,
     split_once,
 )
 from esparse_jax.models.cache import KVCache, init_cache
@@ -413,7 +415,7 @@ def _times(options: BenchOptions, model: CausalLM) -> tuple[list[float], list[fl
     tokens, lengths = columns_of(np.asarray(prompt_tokens(options)).tolist(), model.config)
     keys = jax.random.split(jax.random.key(0), CHUNK)
     chunks = options.steps // CHUNK if options.stage == "decode" else 0
-    slots = tokens.shape[1] + chunks * CHUNK
+    slots = slots_of(tokens.shape[1], chunks)
     firsts, steps = [], []
     # The first one compiles; and on a GPU what is compiled last takes the graphs of what was
     # compiled before, which the second one makes again.

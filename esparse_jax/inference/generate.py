@@ -240,7 +240,7 @@ def generate(
         tokens,
         lengths,
         keys[0],
-        max_length=-(-(tokens.shape[1] + chunks * CHUNK) // SLOTS) * SLOTS,
+        max_length=slots_of(tokens.shape[1], chunks),
         **options,
     )
     stops = np.array(sorted(stop_tokens), np.int32)
@@ -285,6 +285,11 @@ def columns_of(
         tokens[row, : len(prompt)] = prompt
     one = lengths.min() == longest
     return jnp.asarray(tokens), jnp.asarray(lengths[0] if one else lengths)
+
+
+def slots_of(columns: int, chunks: int) -> int:
+    """Slots of a cache for a prompt of so many columns and the tokens behind it."""
+    return -(-(columns + chunks * CHUNK) // SLOTS) * SLOTS
 
 
 def _check(

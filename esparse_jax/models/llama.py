@@ -365,17 +365,17 @@ class LlamaConfig:
             )
 
     def longest_alike(self, length: int) -> int:
-        """How long a sequence may be so that its tokens have the angles that `length` gives them.
+        """How long a sequence may be, in the context, that gives its tokens the angles of `length`.
 
         `longrope` and `dynamic` have others beyond the length that the model was first trained for.
         """
         original = self.rope.original_max_position_embeddings
-        match self.rope.rope_type:
-            case "longrope" | "dynamic" if length <= original:
-                return min(original, self.max_position_embeddings)
-            case "dynamic":
-                return length
-        return self.max_position_embeddings
+        longest = self.max_position_embeddings
+        if self.rope.rope_type in ("longrope", "dynamic") and length <= original:
+            longest = min(original, longest)
+        elif self.rope.rope_type == "dynamic":
+            longest = length
+        return max(length, longest)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "LlamaConfig":

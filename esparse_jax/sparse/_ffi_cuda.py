@@ -32,6 +32,7 @@ PLAN_VALUES = {
 }
 PLAN_FIELDS = tuple(PLAN_VALUES)
 LEAST_TEAM_WARPS = 4
+MOST_WARPS = 16  # of a multiprocessor
 
 # What the decode kernel does around the product, by the numbers of ffi/cuda/decode_args.h.
 _NORM, _SWIGLU, _RESIDUAL, _PERMUTE, _SCATTER = 1, 2, 4, 8, 16
@@ -61,14 +62,18 @@ def require_plan(plan: Mapping[str, int]) -> None:
     for field, value in plan.items():
         if value not in PLAN_VALUES[field]:
             allowed = ", ".join(map(str, PLAN_VALUES[field]))
-            raise ValueError(f"{field} of a plan is {value}; it is one of {allowed}.")
+            raise ValueError(f"{field} of a plan is {value}; it is one of {allowed}, or left out.")
     teams = plan.get("teams", 1)
+    warps = max(plan.get("warps", 0), LEAST_TEAM_WARPS * teams)
+    if warps * plan.get("blocks", 1) > MOST_WARPS:
+        raise ValueError(
+            f"{plan['blocks']} blocks of {warps} warps of a plan are more than a multiprocessor "
+            f"holds, {MOST_WARPS} warps; name fewer."
+        )
     if teams > 1 and plan.get("split", 1) > 1:
         raise ValueError("a plan with several teams has no split; leave one of them out.")
-    if plan.get("warps", LEAST_TEAM_WARPS * teams) < LEAST_TEAM_WARPS * teams:
-        raise ValueError(
-            f"{teams} teams of a plan need {LEAST_TEAM_WARPS * teams} warps; got {plan['warps']}."
-        )
+    if plan.get("warps", warps) < warps:
+        raise ValueError(f"{teams} teams of a plan need {warps} warps; got {plan['warps']}.")
 
 
 def _plan(plan: Mapping[str, int] | None) -> np.ndarray:

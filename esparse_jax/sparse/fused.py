@@ -140,8 +140,11 @@ def _plans_of(plans: Plans | None, products: Sequence[str]) -> dict[str, Plan | 
     unknown = sorted(set(plans or {}) - set(products))
     if unknown:
         raise ValueError(f"plans are for {', '.join(products)}; got {', '.join(unknown)} as well.")
-    for plan in (plans or {}).values():
-        _ffi_cuda.require_plan(plan)
+    for product, plan in (plans or {}).items():
+        try:
+            _ffi_cuda.require_plan(plan)
+        except ValueError as error:
+            raise ValueError(f"{product}: {error}") from None
     return {product: (plans or {}).get(product) for product in products}
 
 

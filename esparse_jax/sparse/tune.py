@@ -133,15 +133,13 @@ def decode_plans(
     fields = ("tiles", "warps", "blocks", "interleave", "resident")
     values = itertools.product(*(_ffi_cuda.PLAN_VALUES[field] for field in fields))
     plans = [dict(zip(fields, value, strict=True)) for value in values]
-    plans = [plan for plan in plans if plan["warps"] * plan["blocks"] <= 16]
-    forms = [{}] if 1 in teams and 1 in split else []
-    forms += [{"teams": each} for each in teams if each > 1]
-    forms += [{"split": each} for each in split if each > 1]
+    plans = [plan for plan in plans if plan["warps"] * plan["blocks"] <= _ffi_cuda.MOST_WARPS]
+    forms = [pair for pair in itertools.product(teams, split) if 1 in pair]
     return [
-        plan | form
-        for form in forms
+        plan | {name: each for name, each in (("teams", some), ("split", parts)) if each > 1}
+        for some, parts in forms
         for plan in plans
-        if plan["warps"] >= _ffi_cuda.LEAST_TEAM_WARPS * form.get("teams", 1)
+        if plan["warps"] >= _ffi_cuda.LEAST_TEAM_WARPS * some
     ]
 
 

@@ -56,6 +56,7 @@ py::dict UsedPlan(int64_t rows, int64_t out, int64_t channels, const std::string
   py::dict used;
   used["tiles"] = cut.tiles;
   used["warps"] = cut.warps;
+  used["blocks"] = cut.blocks;
   used["interleave"] = cut.args.interleave ? 1 : 2;
   used["depth"] = cut.args.depth;
   used["resident"] = cut.args.resident ? 1 : 2;

@@ -13,7 +13,7 @@ __device__ __forceinline__ void SyncCluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 }
-// What lies at this address of the shared memory of another block of the cluster.
+// What lies at this address of the shared memory of a block of the cluster.
 __device__ __forceinline__ float LoadOfBlock(int rank, uint32_t address) {
   float value;
   asm volatile(

@@ -29,12 +29,12 @@ constexpr int32_t kAllFusions = kNorm | kSwiglu | kResidual | kPermute | kScatte
 
 struct KernelArgs {
   int out, channels, rows;
-  int units;                           // the last one may be a half
-  int block_tiles, block_tiles_extra;  // tiles of a block; the first blocks take one more
-  int group_units, group_units_extra;  // units of a group; the first groups take one more
-  int interleave;                      // a group's units are strewn instead of a run
-  int depth;                           // of the ring
-  int resident;                        // x has a place of its own and is loaded once
+  int units;                               // the last one may be a half
+  int cluster_tiles, cluster_tiles_extra;  // tiles of a cluster; the first clusters take one more
+  int group_units, group_units_extra;      // units of a group; the first of a cluster take one more
+  int interleave;                          // a group's units are strewn instead of a run
+  int depth;                               // of the ring
+  int resident;                            // x has a place of its own and is loaded once
   int sums_toggle;  // bytes between two buffers for partial sums; 0: there is one
   int fusion;       // Fusion
   int prefetch;     // W is requested before the kernel before has ended

@@ -37,9 +37,10 @@ class DecodeGpu {
   ESPARSE_DEVICE void LetNextStart() const { cuda::LetNextStart(); }
   ESPARSE_DEVICE void SyncWarp() const { __syncwarp(); }
   ESPARSE_DEVICE void SyncBlock() const { __syncthreads(); }
-  // The warps of a group, one of each team. The barrier's number must be a constant: else all 16
-  // are set aside for a block, and some devices have no more for two of them.
+  // The warps of a group, one of each team. The barrier's number is a constant: with one in a
+  // register ptxas sets all 16 aside for every block.
   ESPARSE_DEVICE void SyncTeams(int group, int teams) const {
+    __syncwarp();  // its lanes may have gone different ways
     switch (group) {
       case 0:
         return SyncSome<1>(32 * teams);
@@ -60,14 +61,20 @@ class DecodeGpu {
     }
   }
 #if __CUDA_ARCH__ >= 900
-  ESPARSE_DEVICE void SyncCluster() const { cuda::SyncCluster(); }
+  ESPARSE_DEVICE void SyncCluster() const {
+    __syncwarp();
+    cuda::SyncCluster();
+  }
   // Of the shared memory of another block of the cluster.
   ESPARSE_DEVICE float LoadShared(int rank, uint32_t address) const {
     return LoadOfBlock(rank, address);
   }
 #else
   ESPARSE_DEVICE void SyncCluster() const { __trap(); }
-  ESPARSE_DEVICE float LoadShared(int, uint32_t) const { return 0; }
+  ESPARSE_DEVICE float LoadShared(int, uint32_t) const {
+    __trap();
+    return 0;
+  }
 #endif
   // The value of the lane whose number differs in the bit `offset`.
   ESPARSE_DEVICE float Exchange(float x, int offset) const {

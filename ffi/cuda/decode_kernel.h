@@ -27,7 +27,8 @@
 // shared memory (a piece: one unit of kTiles tiles, with x), filled with cp.async, and waits for
 // nobody until the partial sums meet at the end of the tiles:
 //
-//   warp 0: depth x (W, x) | warp 1: depth x (W, x) | ... | sums of every warp | its squares of x
+//   warp 0: depth x (W, x) | warp 1: depth x (W, x) | ... | sums of every warp | sums of squares of
+//   x
 //
 // With several teams (kShares) a group, one warp of each team, has the same channels, every one of
 // them with tiles of its own, and one copy of x between them. They meet at every piece: then x has
@@ -65,13 +66,13 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
   const int groups = kShares ? 1 << p.group_bits : warps,
             group = kShares ? warp & (groups - 1) : warp;
   const int teams = kShares ? warps >> p.group_bits : 1, team = kShares ? warp >> p.group_bits : 0;
-  const int rank = device.Block() % kSplit, block = device.Block() / kSplit;
+  const int rank = device.Block() % kSplit, cluster = device.Block() / kSplit;
   const int all_groups = kSplit * groups, rank_group = rank * groups + group;  // of the cluster
   const int channels = p.channels, rows = p.rows, depth = p.depth;
   const bool resident = p.resident != 0;
 
-  const int first_tile = block * p.block_tiles + min(block, p.block_tiles_extra);
-  const int last_tile = first_tile + p.block_tiles + (block < p.block_tiles_extra);
+  const int first_tile = cluster * p.cluster_tiles + min(cluster, p.cluster_tiles_extra);
+  const int last_tile = first_tile + p.cluster_tiles + (cluster < p.cluster_tiles_extra);
   const int my_units = p.group_units + (rank_group < p.group_units_extra);
   const int first_unit =
       p.interleave ? rank_group : rank_group * p.group_units + min(rank_group, p.group_units_extra);
@@ -369,12 +370,12 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
       float value = 0, up = 0, squared = 0;
       ESPARSE_KEEP_LOOP
       for (int each = 0; each < all_groups; each += kMinGroups) {
-        const int of = kSplit > 1 ? each >> p.group_bits : 0, w = each - of * groups;
-        value += add_four(of, at + w * sums_bytes, sums_bytes);
-        if (swiglu) up += add_four(of, at + w * sums_bytes + 8, sums_bytes);
+        const int owner = kSplit > 1 ? each >> p.group_bits : 0, w = each - owner * groups;
+        value += add_four(owner, at + w * sums_bytes, sums_bytes);
+        if (swiglu) up += add_four(owner, at + w * sums_bytes + 8, sums_bytes);
         if (norm) {
           constexpr uint32_t kSquaresBytes = kColumns * 8 * 4;
-          squared += add_four(of, squares + m * 4 + w * kSquaresBytes, kSquaresBytes);
+          squared += add_four(owner, squares + m * 4 + w * kSquaresBytes, kSquaresBytes);
         }
       }
       const float scale = norm ? device.ReciprocalRoot(squared / channels + p.epsilon) : 1.0f;

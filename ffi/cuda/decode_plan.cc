@@ -27,11 +27,13 @@ bool MakeCut(const Product& product, const Plan& plan, const Multiprocessors& de
               : plan.split == 2 ? kSplit2
                                 : kSplit4;
   cut->warps = plan.warps;
+  cut->blocks = plan.blocks;
   const int all_tiles = args.out / kTileRows;
-  const int clusters = std::min(device.count * plan.blocks / plan.split, all_tiles);
+  int clusters = std::min(device.count * plan.blocks / plan.split, all_tiles);
+  if (plan.split > 1) clusters = std::min(clusters, device.clusters);
   cut->grid = clusters * plan.split;
-  args.block_tiles = all_tiles / clusters;
-  args.block_tiles_extra = all_tiles % clusters;
+  args.cluster_tiles = all_tiles / clusters;
+  args.cluster_tiles_extra = all_tiles % clusters;
   const int groups = plan.warps / plan.teams;
   args.group_bits = 0;
   while (1 << args.group_bits < groups) ++args.group_bits;
@@ -117,7 +119,7 @@ Plan Choose(const Product& product, const Plan& given, const Multiprocessors& de
   prefer(given.depth, &plan.depth);
   prefer(given.resident, &plan.resident);
   plan.teams = std::max(given.teams, 1);
-  plan.split = device.clusters ? std::max(given.split, 1) : 1;
+  plan.split = device.clusters > 0 ? std::max(given.split, 1) : 1;
   if (given.warps == 0) plan.warps = std::max(plan.warps, kMinGroups * plan.teams);
   if (given.blocks == 0 && plan.warps * plan.blocks > kMaxWarps) plan.blocks = 1;
   return plan;

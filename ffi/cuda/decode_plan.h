@@ -44,8 +44,7 @@ struct Plan {
   // 1, 2 or 4 teams of at least 4 warps. A team has tiles of its own; all read one copy of x.
   int32_t teams = 0;
   // 1, 2 or 4 blocks, a cluster, have the same tiles and split the channels: from sm_90 on, for one
-  // team. A part of the device whose multiprocessors are no multiple of 4 leaves some of them idle
-  // at 4 and one block a multiprocessor.
+  // team.
   int32_t split = 0;
 };
 
@@ -60,7 +59,7 @@ inline Plan PlanOf(const int32_t* fields) {
 struct Multiprocessors {
   int count;
   int shared_per_block, shared_per_multiprocessor, reserved_per_block;  // bytes
-  bool clusters;                                                        // of blocks are there
+  int clusters;  // of blocks, at most at once; 0: there are none
 
   // Shared memory of a block when `blocks` of them share a multiprocessor.
   int Capacity(int blocks) const;
@@ -70,7 +69,7 @@ struct Multiprocessors {
 struct Cut {
   KernelArgs args;
   Form form;
-  int columns, tiles, teams, split, warps, grid, shared;
+  int columns, tiles, teams, split, warps, blocks, grid, shared;
 };
 
 // The cut of a product by a plan, its zeros filled in. Where shared memory does not suffice, on

@@ -107,6 +107,7 @@ def test_a_prompt_stays_inside_the_context(model):
     config = LlamaConfig.from_dict(FIELDS | {"max_position_embeddings": 61})
     assert _columns(60, config) == 60
     assert _columns(61, config) == 61
+    assert _columns(70, config) == 70  # more than the context: nobody refuses it here
 
 
 def test_a_prompt_keeps_the_angles_of_its_length():

@@ -74,8 +74,7 @@ def _check(got, written, want, wanted, length, rounding):
 
 @pytest.fixture(scope="session")
 def on_host(tmp_path_factory):
-    if not host_build.has_float16():
-        pytest.skip("the C++ compiler has no _Float16")
+    host_build.require_float16()
     file = tmp_path_factory.mktemp("attention") / "attention.so"
     host_build.build(file, "cuda/testing/attention_on_host.cc")
     return ctypes.CDLL(str(file)).esparse_attend_on_host

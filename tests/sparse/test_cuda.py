@@ -333,6 +333,8 @@ def test_kernel_is_exact_to_the_rounding(shape, dtype):
 def test_every_plan_gives_the_same_product():
     shape = (2304, 448)
     blob = random_blob(shape)
+    facts = {"out": shape[0], "channels": shape[1], "dtype": "float16"}
+    clusters = float(jax.devices()[0].compute_capability) >= 9
     plans = decode_plans(teams=(1, 2, 4), split=(1, 2, 4))
     for rows in (1, 16):
         x = random_x(rows, shape[1])
@@ -341,6 +343,12 @@ def test_every_plan_gives_the_same_product():
         )(x, blob.data)
         want = slow_product(x, blob)
         for plan, got in zip(plans, results, strict=True):
+            used = _ffi_cuda._extension().decode_used_plan(
+                rows=rows, plan=_ffi_cuda._plan(plan).tolist(), **facts
+            )
+            # Else this would be a test of other plans. Before Hopper there are no clusters.
+            assert used["split"] == (plan.get("split", 1) if clusters else 1)
+            assert used["teams"] == plan.get("teams", 1) or plan["tiles"] == 4
             assert relative(got, want) < 1.5 * rounding(x.dtype), plan
 
 

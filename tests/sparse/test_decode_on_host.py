@@ -21,12 +21,12 @@ class Multiprocessors(NamedTuple):
     per_block: int
     per_multiprocessor: int
     reserved: int
-    clusters: bool = True
+    clusters: int = 100
 
 
 # With the shared memory of Hopper, of Ampere's and Ada's smaller chips, and with hardly any.
 HOPPER = Multiprocessors(3, 232448, 233472, 1024)
-SMALL = Multiprocessors(2, 101376, 102400, 1024, clusters=False)
+SMALL = Multiprocessors(2, 101376, 102400, 1024, clusters=0)
 SCARCE = Multiprocessors(2, 30000, 31024, 1024)
 
 
@@ -35,7 +35,7 @@ class Used(NamedTuple):
 
     tiles: int
     warps: int
-    blocks: int
+    grid: int
     depth: int
     resident: int
     teams: int
@@ -44,8 +44,7 @@ class Used(NamedTuple):
 
 @pytest.fixture(scope="session")
 def on_host(tmp_path_factory):
-    if not host_build.has_float16():
-        pytest.skip("the C++ compiler has no _Float16")
+    host_build.require_float16()
     file = tmp_path_factory.mktemp("decode") / "decode.so"
     host_build.build(file, "cuda/testing/decode_on_host.cc", "cuda/decode_plan.cc")
     return ctypes.CDLL(str(file)).esparse_decode_on_host
@@ -134,7 +133,7 @@ def test_every_plan_gives_the_same_product(
         if (tiles, warps * blocks, rows) != (4, 16, 16):  # may be too large for a block
             expected = (tiles, warps, teams, int(resident == 1))
             assert (used.tiles, used.warps, used.teams, used.resident) == expected
-        assert used.blocks == min(HOPPER.count * blocks, shape[0] // 16)
+        assert used.grid == min(HOPPER.count * blocks, shape[0] // 16)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,7 @@ def test_blocks_that_split_the_channels_give_the_same_product(
     device = HOPPER._replace(count=6)
     for late in (False, True):
         status, got, used = _run(on_host, x, blob, plan, device, late=late, prefetch=late)
-        assert (status, used.split, used.blocks % split) == (0, split, 0)
+        assert (status, used.split, used.grid % split) == (0, split, 0)
         assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
 
 
@@ -179,6 +178,10 @@ def test_a_split_is_for_devices_with_clusters(on_host):
     blob, x = random_blob((64, 1024)), random_x(2, 1024)
     status, got, used = _run(on_host, x, blob, {"split": 2}, SMALL)
     assert (status, used.split) == (0, 1)
+    assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
+    # A grid of no more clusters than run at once.
+    status, got, used = _run(on_host, x, blob, {"split": 2}, HOPPER._replace(clusters=1))
+    assert (status, used.split, used.grid) == (0, 2, 2)
     assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
     # Three multiprocessors hold no cluster of four blocks, one on each.
     status, _, used = _run(on_host, x, blob, {"blocks": 1, "split": 4}, HOPPER)

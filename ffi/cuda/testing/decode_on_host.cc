@@ -313,7 +313,7 @@ extern "C" __attribute__((visibility("default"))) int esparse_decode_on_host(
   product.fusion = fusion;
   product.epsilon = epsilon;
   const Multiprocessors device = {device_fields[0], device_fields[1], device_fields[2],
-                                  device_fields[3], device_fields[4] != 0};
+                                  device_fields[3], device_fields[4]};
   Cut cut;
   if (!FitCut(product, PlanOf(plan_fields), device, &cut)) return kNoCut;
   cut.args.prefetch = prefetch;
