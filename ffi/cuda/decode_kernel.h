@@ -27,8 +27,7 @@
 // shared memory (a piece: one unit of kTiles tiles, with x), filled with cp.async, and waits for
 // nobody until the partial sums meet at the end of the tiles:
 //
-//   warp 0: depth x (W, x) | warp 1: depth x (W, x) | ... | sums of every warp | sums of squares of
-//   x
+//   warp 0: depth x (W, x) | warp 1: depth x (W, x) | ... | sums of every warp | squares of x
 //
 // With several teams (kShares) a group, one warp of each team, has the same channels, every one of
 // them with tiles of its own, and one copy of x between them. They meet at every piece: then x has
