@@ -181,7 +181,7 @@ class BenchOptions:
             raise ValueError(
                 f"A context of {self.context}"
                 + (f" and {self.steps + 1} new tokens" if self.stage == "decode" else "")
-                + f" take {self.slots} positions; {self.model} has {context}."
+                + f" take {self.slots} positions; {self.model} has {context}. Take less of either."
             )
         if "sparse" in forms and not compressed_layers(self.model):
             raise ValueError(

@@ -226,6 +226,7 @@ def generate(
     Raises:
         ValueError: An empty prompt, ids outside the vocabulary, options out of their range, or
             prompt and new tokens longer than the model's context.
+        TypeError: Prompts that are not sequences of token ids.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     rows = len(prompts)
@@ -300,11 +301,19 @@ def _check(
     top_k: int | None,
     top_p: float,
 ) -> None:
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError(
-            "generate needs at least one prompt of at least one token. For an empty prompt give "
-            "the tokenizer's BOS or EOS token."
-        )
+    if not prompts:
+        raise ValueError("generate needs at least one prompt.")
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
+            raise TypeError(
+                f"Prompt {index} is {prompt!r}; each prompt is a sequence of token ids, such as "
+                f"[[1, 2, 3]]. Text has to go through the tokenizer first."
+            )
+        if len(prompt) == 0:
+            raise ValueError(
+                f"Prompt {index} has no token; generate continues at least one. For an empty "
+                f"prompt give the tokenizer's BOS or EOS token."
+            )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     if temperature < 0 or not np.isfinite(temperature):
@@ -322,10 +331,12 @@ def _check(
                 f"ids 0 to {vocab_size - 1}."
             )
     context = model.config.max_position_embeddings
-    needed = max(map(len, prompts)) + max_new_tokens
-    if needed > context:
+    longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+    tokens = len(prompts[longest])
+    if tokens + max_new_tokens > context:
+        room = context - tokens
         raise ValueError(
-            f"The longest prompt and {max_new_tokens} new tokens take {needed} positions; the "
-            f"model's context has {context}. Shorten the prompt or ask for at most "
-            f"{max(0, context - max(map(len, prompts)))} new tokens."
+            f"Prompt {longest} has {tokens} tokens, which with {max_new_tokens} new ones take "
+            f"{tokens + max_new_tokens} positions; the model's context has {context}. Shorten the "
+            f"prompt" + (f", or ask for at most {room} new tokens." if room > 0 else ".")
         )

@@ -305,7 +305,9 @@ def test_top_k_of_one_is_greedy(model, greedy):
     ("prompts", "options", "message"),
     [
         ([], {}, "at least one prompt"),
-        ([[1], []], {}, "at least one token"),
+        ([[1], []], {}, "Prompt 1 has no token"),
+        ([[1], [1] * 60], {"max_new_tokens": 5}, "Prompt 1 has 60 tokens.*at most 4 new tokens"),
+        ([[1] * 70], {}, r"Prompt 0 has 70 tokens.*Shorten the prompt\.$"),
         ([[31]], {}, r"Prompt 0 has ids from 31 to 31; .* 0 to 30"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
