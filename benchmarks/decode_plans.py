@@ -65,12 +65,21 @@ def main(options: Options) -> None:
             y = jnp.zeros((rows, out), options.dtype)
             jax.block_until_ready((x, y, blobs))
 
-            def microseconds(plan, prefetch=options.prefetch, x=x, y=y, blobs=blobs, rows=rows):
+            product = {
+                "rows": rows,
+                "out": out,
+                "channels": channels,
+                "dtype": options.dtype,
+            }
+
+            def used(plan, product=product):
+                return extension.decode_used_plan(**product, plan=_ffi_cuda._plan(plan).tolist())
+
+            def microseconds(
+                plan, prefetch=options.prefetch, x=x, y=y, blobs=blobs, product=product
+            ):
                 return extension.decode_time(
-                    rows=rows,
-                    out=out,  # noqa: B023
-                    channels=channels,  # noqa: B023
-                    dtype=options.dtype,
+                    **product,
                     plan=_ffi_cuda._plan(plan).tolist(),
                     prefetch=prefetch,
                     x=x.unsafe_buffer_pointer(),
@@ -80,15 +89,6 @@ def main(options: Options) -> None:
                     y=y.unsafe_buffer_pointer(),
                     launches=max(24, copies),  # noqa: B023
                     replays=options.replays,
-                )
-
-            def used(plan, rows=rows):
-                return extension.decode_used_plan(
-                    rows=rows,
-                    out=out,  # noqa: B023
-                    channels=channels,  # noqa: B023
-                    dtype=options.dtype,
-                    plan=_ffi_cuda._plan(plan).tolist(),
                 )
 
             figures = []

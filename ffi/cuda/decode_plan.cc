@@ -121,7 +121,10 @@ Plan Choose(const Product& product, const Plan& given, const Multiprocessors& de
   plan.teams = std::max(given.teams, 1);
   plan.split = device.clusters > 0 ? std::max(given.split, 1) : 1;
   if (given.warps == 0) plan.warps = std::max(plan.warps, kMinGroups * plan.teams);
+  // What was not asked for gives way: more warps than that do not run at once.
   if (given.blocks == 0 && plan.warps * plan.blocks > kMaxWarps) plan.blocks = 1;
+  if (given.warps == 0) plan.warps = std::min(plan.warps, kMaxWarps / plan.blocks);
+  plan.teams = std::min(plan.teams, plan.warps / kMinGroups);
   return plan;
 }
 
@@ -133,14 +136,13 @@ int Multiprocessors::Capacity(int blocks) const {
 
 bool FitCut(const Product& product, const Plan& given, const Multiprocessors& device, Cut* cut) {
   Plan plan = Choose(product, given, device);
-  const auto limit_teams = [&] { plan.teams = std::min(plan.teams, plan.warps / kMinGroups); };
   while (plan.split > device.count * plan.blocks) plan.split /= 2;
   while (!MakeCut(product, plan, device, cut)) {
     if (plan.resident == 1) {
       plan.resident = 2;
     } else if (plan.warps > kMinGroups) {
       plan.warps /= 2;
-      limit_teams();
+      plan.teams = std::min(plan.teams, plan.warps / kMinGroups);
     } else if (plan.tiles > 1) {
       --plan.tiles;
     } else {

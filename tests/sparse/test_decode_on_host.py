@@ -188,6 +188,15 @@ def test_a_split_is_for_devices_with_clusters(on_host):
     assert (status, used.split) == (0, 2)
 
 
+def test_the_rule_gives_way_to_the_blocks_that_are_asked_for(on_host):
+    """Its 16 warps, for long rows, would not run twice at once."""
+    blob, x = random_blob((64, 7168)), random_x(1, 7168)
+    for plan, warps in (({}, 16), ({"blocks": 2}, 8)):
+        status, got, used = _run(on_host, x, blob, plan, HOPPER._replace(count=2))
+        assert (status, used.warps) == (0, warps)
+        assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
+
+
 @pytest.mark.parametrize("teams", [2, 4])
 def test_teams_have_the_warps_they_need(on_host, teams):
     """Also where the kernel's own rule has fewer of them, and more blocks."""
