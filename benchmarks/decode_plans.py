@@ -37,10 +37,6 @@ class Options:
     """OUTxCHANNEL, multiples of 64."""
     rows: tuple[int, ...] = (1, 8, 16)
     dtype: str = "float16"
-    teams: tuple[int, ...] = (1, 2, 4)
-    """Of warps that share x."""
-    split: tuple[int, ...] = (1, 2, 4)
-    """Blocks that split the channels."""
     prefetch: bool = True
     rotate_mb: int = 300
     replays: int = 3
@@ -92,7 +88,7 @@ def main(options: Options) -> None:
                 )
 
             figures = []
-            for plan in decode_plans(teams=options.teams, split=options.split):
+            for plan in decode_plans():
                 try:
                     # One that does not fit is cut down to another, timed by its own name.
                     if plan.items() <= used(plan).items():
@@ -117,8 +113,6 @@ def main(options: Options) -> None:
                     "out": out,
                     "channels": channels,
                     "rows": rows,
-                    "teams": 1,
-                    "split": 1,
                     **plan,
                     "microseconds": round(t, 3),
                 }

@@ -21,7 +21,7 @@ taking turns in one process.
 - each of `--plans`: as `2:4`, the kernel cutting some products in another way than by its own rule:
 
     python benchmarks/decode_step.py --rows 16 --forms chain \\
-        --plans gate_up:tiles=3,warps=8,blocks=2,teams=2 gate_up:tiles=2+down:teams=2
+        --plans gate_up:tiles=3,warps=8,blocks=2 gate_up:tiles=2+down:warps=4
 
 - `bound`: the compressed bytes over the bandwidth of a large device copy in the same run.
 """
@@ -86,7 +86,7 @@ class Options:
 
 
 def read_plans(text: str) -> dict[str, dict[str, int]]:
-    """The plan of each product, from `gate_up:tiles=3,teams=2+down:warps=8`."""
+    """The plan of each product, from `gate_up:tiles=3,blocks=2+down:warps=8`."""
     plans: dict[str, dict[str, int]] = {}
     for part in text.split("+"):
         product, colon, fields = part.partition(":")

@@ -3,8 +3,7 @@
     python benchmarks/sanitize.py [--tools memcheck racecheck] [--parts products norms]
 
 Runs itself under each tool. `products`: every instance of a decode step's product (both dtypes,
-both widths, one to four tiles; one team of warps, several that share x, blocks that split the
-channels), with all that can be fused to it, in calls alone and in a chain.
+both widths, one to four tiles), with all that can be fused to it, in calls alone and in a chain.
 `attentions`, from compute capability 9.0 on: every instance of a decode step's attention (both
 dtypes, both head sizes, all numbers of query heads to a key, all cluster sizes), with and without
 padding, and prefetch with an order of the result. `norms`: every instance of the norm of a prompt's
@@ -34,17 +33,16 @@ from esparse_jax.sparse._timing import random_24
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # A half unit of channels, tiles that do not divide by the blocks', more warps than units.
 SHAPE = (2304, 448)
-_CUTS = (
-    {"warps": 8, "blocks": 2, "resident": 1},
-    {"warps": 16, "blocks": 1, "resident": 2},
-    {"warps": 4, "blocks": 2, "resident": 2},
-    {"warps": 8, "blocks": 2, "resident": 2, "teams": 2},
-    {"warps": 16, "blocks": 1, "resident": 1, "teams": 4},
-    {"warps": 4, "blocks": 2, "resident": 1, "split": 2},
-    {"warps": 8, "blocks": 1, "resident": 2, "split": 4},
-)
 PLANS = [
-    {"tiles": tiles, "interleave": 1 + tiles % 2} | cut for tiles in (1, 2, 3, 4) for cut in _CUTS
+    {
+        "tiles": tiles,
+        "warps": warps,
+        "blocks": blocks,
+        "resident": resident,
+        "interleave": 1 + tiles % 2,
+    }
+    for tiles in (1, 2, 3, 4)
+    for resident, warps, blocks in ((1, 8, 2), (2, 16, 1), (2, 4, 2))
 ]
 # Rows and slots of the attention's caches. On 81 to 160 multiprocessors the rows make clusters of
 # 8, 4 and 1 blocks (ClusterOf in ffi/cuda/attention.cu); a block has more slots than it reads at

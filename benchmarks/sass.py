@@ -5,8 +5,7 @@
 For every architecture in the extension and every family of kernels (the product of a decode step,
 its attention, and the others): how many there are, how many of them multiply on the sparse tensor
 cores (HMMA.SP), how many instructions read or write local memory (spilled registers), and the most
-registers one takes. The attention, and products that blocks split, need clusters of blocks: below
-sm_90 they are not looked at.
+registers one takes. The attention needs clusters of blocks, so below sm_90 it is not looked at.
 Exit status 1 where a family is missing, where a decode kernel does not use the sparse tensor cores
 or where any kernel spills. cuobjdump is part of the CUDA toolkit.
 """
@@ -30,8 +29,7 @@ _REGISTERS = re.compile(r"REG:(\d+)")
 _LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 DECODE, ATTENTION, OTHER = "decode", "attention", "other"
 _PREFIXES = {"esparse_decode_": DECODE, "esparse_attend_": ATTENTION}
-_SPLIT = re.compile(r"esparse_decode_\w+_split\d")
-_LEAST_OF_CLUSTERS = 90
+_LEAST_OF_ATTENTION = 90
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +83,10 @@ def read(cuobjdump: str, extension: Path) -> dict[str, dict[str, Kernel]]:
 def families(architecture: str, kernels: dict[str, Kernel]) -> dict[str, Family]:
     """What is judged of an architecture: the families it must have, and the others it has."""
     members: dict[str, list[Kernel]] = {DECODE: [], ATTENTION: [], OTHER: []}
-    clusters = int(re.sub(r"\D", "", architecture)) >= _LEAST_OF_CLUSTERS
     for name, kernel in kernels.items():
-        if _SPLIT.match(name) and not clusters:
-            continue
         of = (family for prefix, family in _PREFIXES.items() if name.startswith(prefix))
         members[next(of, OTHER)].append(kernel)
-    if not clusters:
+    if int(re.sub(r"\D", "", architecture)) < _LEAST_OF_ATTENTION:
         del members[ATTENTION]
     if not members[OTHER]:
         del members[OTHER]

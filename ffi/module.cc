@@ -25,8 +25,8 @@ namespace {
 // compiled computations are cached and exported by this name, not by the library's version.
 constexpr const char* kProductTarget = "esparse_product24_cpu_v1";
 constexpr const char* kExpandTarget = "esparse_expand24_cpu_v1";
-constexpr const char* kDecodeTarget = "esparse_decode24_cuda_v3";
-constexpr const char* kChainTarget = "esparse_chain24_cuda_v2";
+constexpr const char* kDecodeTarget = "esparse_decode24_cuda_v4";
+constexpr const char* kChainTarget = "esparse_chain24_cuda_v3";
 constexpr const char* kAttendTarget = "esparse_attend_cuda_v2";
 constexpr const char* kMaxSumTarget = "esparse_max_sum_cuda_v1";
 constexpr const char* kRowNormTarget = "esparse_row_norm_cuda_v1";

@@ -27,11 +27,8 @@ PLAN_VALUES = {
     "interleave": (1, 2),
     "depth": tuple(range(1, 9)),
     "resident": (1, 2),
-    "teams": (1, 2, 4),
-    "split": (1, 2, 4),
 }
 PLAN_FIELDS = tuple(PLAN_VALUES)
-LEAST_TEAM_WARPS = 4
 MOST_WARPS = 16  # of a multiprocessor
 
 # What the decode kernel does around the product, by the numbers of ffi/cuda/decode_args.h.
@@ -63,17 +60,12 @@ def require_plan(plan: Mapping[str, int]) -> None:
         if value not in PLAN_VALUES[field]:
             allowed = ", ".join(map(str, PLAN_VALUES[field]))
             raise ValueError(f"{field} of a plan is {value}; it is one of {allowed}, or left out.")
-    teams = plan.get("teams", 1)
-    warps = max(plan.get("warps", 0), LEAST_TEAM_WARPS * teams)
-    if warps * plan.get("blocks", 1) > MOST_WARPS:
+    warps, blocks = plan.get("warps", 1), plan.get("blocks", 1)
+    if warps * blocks > MOST_WARPS:
         raise ValueError(
-            f"{plan['blocks']} blocks of {warps} warps of a plan are more than a multiprocessor "
-            f"holds, {MOST_WARPS} warps; name fewer."
+            f"{blocks} blocks of {warps} warps of a plan are more than a multiprocessor holds, "
+            f"{MOST_WARPS} warps; name fewer."
         )
-    if teams > 1 and plan.get("split", 1) > 1:
-        raise ValueError("a plan with several teams has no split; leave one of them out.")
-    if plan.get("warps", warps) < warps:
-        raise ValueError(f"{teams} teams of a plan need {warps} warps; got {plan['warps']}.")
 
 
 def _plan(plan: Mapping[str, int] | None) -> np.ndarray:

@@ -123,24 +123,12 @@ class Candidate(NamedTuple):
         return {"kind": self.kind, **self._choices()}
 
 
-def decode_plans(
-    *, teams: Sequence[int] = (1,), split: Sequence[int] = (1,)
-) -> list[dict[str, int]]:
-    """All plans of the decode kernel that can differ: 80, with up to 4 teams and 4 blocks 304.
-
-    A search takes one team and no split: others have not been timed yet.
-    """
+def decode_plans() -> list[dict[str, int]]:
+    """All plans of the decode kernel that can differ: 80."""
     fields = ("tiles", "warps", "blocks", "interleave", "resident")
     values = itertools.product(*(_ffi_cuda.PLAN_VALUES[field] for field in fields))
     plans = [dict(zip(fields, value, strict=True)) for value in values]
-    plans = [plan for plan in plans if plan["warps"] * plan["blocks"] <= _ffi_cuda.MOST_WARPS]
-    forms = [pair for pair in itertools.product(teams, split) if 1 in pair]
-    return [
-        plan | {name: each for name, each in (("teams", some), ("split", parts)) if each > 1}
-        for some, parts in forms
-        for plan in plans
-        if plan["warps"] >= _ffi_cuda.LEAST_TEAM_WARPS * some
-    ]
+    return [plan for plan in plans if plan["warps"] * plan["blocks"] <= _ffi_cuda.MOST_WARPS]
 
 
 def library_algorithms(

@@ -60,8 +60,6 @@ py::dict UsedPlan(int64_t rows, int64_t out, int64_t channels, const std::string
   used["interleave"] = cut.args.interleave ? 1 : 2;
   used["depth"] = cut.args.depth;
   used["resident"] = cut.args.resident ? 1 : 2;
-  used["teams"] = cut.teams;
-  used["split"] = cut.split;
   return used;
 }
 

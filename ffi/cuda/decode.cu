@@ -30,7 +30,6 @@ struct Device {
         get(&all->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor));
     ESPARSE_CUDA_RETURN_IF_ERROR(
         get(&all->reserved_per_block, cudaDevAttrReservedSharedMemoryPerBlock));
-    all->clusters = 0;  // as long as nobody asks for them
     return get(&device->major, cudaDevAttrComputeCapabilityMajor);
   }
 };
@@ -65,45 +64,18 @@ cudaError_t LaunchGather(const Product& product, cudaStream_t stream) {
                             static_cast<int>(product.rows), channels);
 }
 
-const void* FunctionOf(const Cut& cut, Dtype dtype, const char** name) {
-  const DecodeKernel kernel = dtype == Dtype::kFloat16
-                                  ? FindFloat16(cut.form, cut.columns, cut.tiles)
-                                  : FindBfloat16(cut.form, cut.columns, cut.tiles);
-  *name = kernel.name;
-  return reinterpret_cast<const void*>(kernel.function);
-}
-
-// FitCut, with no more clusters than the device runs at once.
-cudaError_t Fit(Device device, const Product& product, const Plan& plan, Cut* cut) {
-  Multiprocessors& all = device.multiprocessors;
-  const char* name;
-  if (plan.split > 1 && device.major >= 9) {
-    // Machine code that was made for an older architecture has no clusters.
-    cudaFuncAttributes code;
-    const Cut smallest = {{}, kSplit2, 1, 1};
-    ESPARSE_CUDA_RETURN_IF_ERROR(
-        cudaFuncGetAttributes(&code, FunctionOf(smallest, product.dtype, &name)));
-    if (code.ptxVersion >= 90) all.clusters = all.count * 2;
-  }
-  if (!FitCut(product, plan, all, cut)) return cudaErrorInvalidConfiguration;
-  if (cut->split == 1) return cudaSuccess;
-  const void* function = FunctionOf(*cut, product.dtype, &name);
-  ESPARSE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      function, cudaFuncAttributeMaxDynamicSharedMemorySize, all.shared_per_block));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(cut->grid);
-  config.blockDim = dim3(cut->warps * 32);
-  config.dynamicSmemBytes = cut->shared;
-  ESPARSE_CUDA_RETURN_IF_ERROR(cudaOccupancyMaxActiveClusters(&all.clusters, function, &config));
-  return FitCut(product, plan, all, cut) ? cudaSuccess : cudaErrorInvalidConfiguration;
-}
-
 cudaError_t PrepareOn(const Device& device, const Product& product, const Plan& given, Start start,
                       KernelLaunch* launch) {
   Cut cut;
-  ESPARSE_CUDA_RETURN_IF_ERROR(Fit(device, product, given, &cut));
+  if (!FitCut(product, given, device.multiprocessors, &cut)) {
+    return cudaErrorInvalidConfiguration;
+  }
   cut.args.prefetch = start == Start::kPrefetch;
-  launch->function = FunctionOf(cut, product.dtype, &launch->name);
+  const DecodeKernel kernel = product.dtype == Dtype::kFloat16
+                                  ? FindFloat16(cut.columns, cut.tiles)
+                                  : FindBfloat16(cut.columns, cut.tiles);
+  launch->name = kernel.name;
+  launch->function = reinterpret_cast<const void*>(kernel.function);
   launch->grid = cut.grid;
   launch->threads = cut.warps * 32;
   launch->shared = cut.shared;
@@ -122,7 +94,8 @@ cudaError_t PrepareOn(const Device& device, const Product& product, const Plan& 
 cudaError_t CutOf(const Product& product, const Plan& plan, Cut* cut) {
   Device device;
   ESPARSE_CUDA_RETURN_IF_ERROR(Device::Current(&device));
-  return Fit(device, product, plan, cut);
+  return FitCut(product, plan, device.multiprocessors, cut) ? cudaSuccess
+                                                            : cudaErrorInvalidConfiguration;
 }
 
 cudaError_t Prepare(const Product& product, const Plan& plan, Start start, KernelLaunch* launch) {

@@ -13,7 +13,7 @@ constexpr int kUnitIndexBytes = kUnitValueBytes / 8;
 constexpr int kUnitBytes = kUnitValueBytes + kUnitIndexBytes;
 constexpr int kUnitRowBytes = kUnitChannels * 2;  // of one row of x
 constexpr int kMaxDepth = 8;
-constexpr int kMinGroups = 4;  // of warps that share no channels
+constexpr int kMinWarps = 4;
 constexpr int kMaxWarps = 16;
 constexpr int kMaxTiles = 4;
 
@@ -29,17 +29,16 @@ constexpr int32_t kAllFusions = kNorm | kSwiglu | kResidual | kPermute | kScatte
 
 struct KernelArgs {
   int out, channels, rows;
-  int units;                               // the last one may be a half
-  int cluster_tiles, cluster_tiles_extra;  // tiles of a cluster; the first clusters take one more
-  int group_units, group_units_extra;      // units of a group; the first of a cluster take one more
-  int interleave;                          // a group's units are strewn instead of a run
-  int depth;                               // of the ring
-  int resident;                            // x has a place of its own and is loaded once
+  int units;                           // the last one may be a half
+  int block_tiles, block_tiles_extra;  // tiles of a block; the first blocks take one more
+  int warp_units, warp_units_extra;    // units of a warp; the first warps take one more
+  int interleave;                      // a warp takes every warps-th unit instead of a run
+  int depth;                           // of the ring
+  int resident;                        // x has a place of its own and is loaded once
   int sums_toggle;  // bytes between two buffers for partial sums; 0: there is one
   int fusion;       // Fusion
   int prefetch;     // W is requested before the kernel before has ended
   float epsilon;
-  int group_bits;  // there are 1 << group_bits groups of warps in a block
 };
 
 // Pointers that a fusion does not ask for may be anything.
@@ -51,14 +50,9 @@ struct DecodeKernel {
   const char* name;
 };
 
-// How warps and blocks stand to each other: every warp has channels of its own; teams of warps have
-// the same and share x; blocks of a cluster, 2 or 4, have the same tiles and other channels.
-enum Form { kPlain, kShared, kSplit2, kSplit4 };
-constexpr int kForms = 4;
-
 // The kernel for a number of 8-row columns of x (1, 2) and of tiles (1 to kMaxTiles).
-DecodeKernel FindFloat16(Form form, int columns, int tiles);
-DecodeKernel FindBfloat16(Form form, int columns, int tiles);
+DecodeKernel FindFloat16(int columns, int tiles);
+DecodeKernel FindBfloat16(int columns, int tiles);
 
 }  // namespace esparse::cuda
 

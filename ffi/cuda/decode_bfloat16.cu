@@ -4,8 +4,8 @@ namespace esparse::cuda {
 
 ESPARSE_DECODE_INSTANCES(esparse_decode_bfloat16, __nv_bfloat16);
 
-DecodeKernel FindBfloat16(Form form, int columns, int tiles) {
-  return esparse_decode_bfloat16_kernels[form][columns - 1][tiles - 1];
+DecodeKernel FindBfloat16(int columns, int tiles) {
+  return esparse_decode_bfloat16_kernels[columns - 1][tiles - 1];
 }
 
 }  // namespace esparse::cuda

@@ -4,8 +4,8 @@ namespace esparse::cuda {
 
 ESPARSE_DECODE_INSTANCES(esparse_decode_float16, __half);
 
-DecodeKernel FindFloat16(Form form, int columns, int tiles) {
-  return esparse_decode_float16_kernels[form][columns - 1][tiles - 1];
+DecodeKernel FindFloat16(int columns, int tiles) {
+  return esparse_decode_float16_kernels[columns - 1][tiles - 1];
 }
 
 }  // namespace esparse::cuda

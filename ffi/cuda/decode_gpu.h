@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/cluster.h"
 #include "cuda/decode_args.h"
 #include "cuda/dependent_launch.h"
 
@@ -37,45 +36,6 @@ class DecodeGpu {
   ESPARSE_DEVICE void LetNextStart() const { cuda::LetNextStart(); }
   ESPARSE_DEVICE void SyncWarp() const { __syncwarp(); }
   ESPARSE_DEVICE void SyncBlock() const { __syncthreads(); }
-  // The warps of a group, one of each team. The barrier's number is a constant: with one in a
-  // register ptxas sets all 16 aside for every block.
-  ESPARSE_DEVICE void SyncTeams(int group, int teams) const {
-    __syncwarp();  // its lanes may have gone different ways
-    switch (group) {
-      case 0:
-        return SyncSome<1>(32 * teams);
-      case 1:
-        return SyncSome<2>(32 * teams);
-      case 2:
-        return SyncSome<3>(32 * teams);
-      case 3:
-        return SyncSome<4>(32 * teams);
-      case 4:
-        return SyncSome<5>(32 * teams);
-      case 5:
-        return SyncSome<6>(32 * teams);
-      case 6:
-        return SyncSome<7>(32 * teams);
-      default:
-        return SyncSome<kMaxWarps / 2>(32 * teams);
-    }
-  }
-#if __CUDA_ARCH__ >= 900
-  ESPARSE_DEVICE void SyncCluster() const {
-    __syncwarp();
-    cuda::SyncCluster();
-  }
-  // Of the shared memory of another block of the cluster.
-  ESPARSE_DEVICE float LoadShared(int rank, uint32_t address) const {
-    return LoadOfBlock(rank, address);
-  }
-#else
-  ESPARSE_DEVICE void SyncCluster() const { __trap(); }
-  ESPARSE_DEVICE float LoadShared(int, uint32_t) const {
-    __trap();
-    return 0;
-  }
-#endif
   // The value of the lane whose number differs in the bit `offset`.
   ESPARSE_DEVICE float Exchange(float x, int offset) const {
     return __shfl_xor_sync(0xffffffffu, x, offset);
@@ -196,60 +156,36 @@ class DecodeGpu {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
   }
 
-  template <int kBarrier>
-  static ESPARSE_DEVICE void SyncSome(int threads) {
-    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
-  }
-
   uint32_t shared_;
   uint64_t read_once_, kept_;  // policies of the second-level cache
 };
 
-// The instances of one dtype: NAME_<columns>_<tiles>, with the form behind it. They are extern "C",
-// so that a loaded cubin can be asked for them.
-#define ESPARSE_DECODE_KERNEL(NAME, CLUSTER, BODY)                                          \
-  extern "C" __global__ void CLUSTER __launch_bounds__(kMaxWarps * 32, 1)                   \
-      NAME(const uint8_t* blob, const void* x, const void* residual, const int32_t* places, \
-           void* y, void* scattered, const __grid_constant__ KernelArgs args) {             \
-    BODY;                                                                                   \
+// The instances of one dtype. They are extern "C", so that a loaded cubin can be asked for them.
+#define ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, TILES)                                          \
+  extern "C" __global__ void __launch_bounds__(kMaxWarps * 32, 1) NAME##_##COLUMNS##_##TILES(   \
+      const uint8_t* blob, const void* x, const void* residual, const int32_t* places, void* y, \
+      void* scattered, const __grid_constant__ KernelArgs args) {                               \
+    extern __shared__ __align__(1024) uint8_t shared[];                                         \
+    DecodeGpu gpu(shared);                                                                      \
+    Decode<DecodeGpu, T, COLUMNS, TILES>(gpu, blob, static_cast<const T*>(x),                   \
+                                         static_cast<const T*>(residual), places,               \
+                                         static_cast<T*>(y), static_cast<T*>(scattered), args); \
   }
-#define ESPARSE_DECODE_BODY(T, COLUMNS, TILES, SHARES, SPLIT)                       \
-  extern __shared__ __align__(1024) uint8_t shared[];                               \
-  DecodeGpu gpu(shared);                                                            \
-  Decode<DecodeGpu, T, COLUMNS, TILES, SHARES, SPLIT>(                              \
-      gpu, blob, static_cast<const T*>(x), static_cast<const T*>(residual), places, \
-      static_cast<T*>(y), static_cast<T*>(scattered), args)
-#if __CUDA_ARCH__ >= 900
-#define ESPARSE_DECODE_SPLIT ESPARSE_DECODE_BODY
-#else
-#define ESPARSE_DECODE_SPLIT(T, COLUMNS, TILES, SHARES, SPLIT) __trap()
-#endif
-#define ESPARSE_DECODE_FORMS(NAME, T, COLUMNS, TILES)                                     \
-  ESPARSE_DECODE_KERNEL(NAME, , ESPARSE_DECODE_BODY(T, COLUMNS, TILES, false, 1))         \
-  ESPARSE_DECODE_KERNEL(NAME##_shared, , ESPARSE_DECODE_BODY(T, COLUMNS, TILES, true, 1)) \
-  ESPARSE_DECODE_KERNEL(NAME##_split2, ESPARSE_CLUSTER(2),                                \
-                        ESPARSE_DECODE_SPLIT(T, COLUMNS, TILES, false, 2))                \
-  ESPARSE_DECODE_KERNEL(NAME##_split4, ESPARSE_CLUSTER(4),                                \
-                        ESPARSE_DECODE_SPLIT(T, COLUMNS, TILES, false, 4))
-#define ESPARSE_DECODE_COLUMNS(NAME, T, COLUMNS)            \
-  ESPARSE_DECODE_FORMS(NAME##_##COLUMNS##_1, T, COLUMNS, 1) \
-  ESPARSE_DECODE_FORMS(NAME##_##COLUMNS##_2, T, COLUMNS, 2) \
-  ESPARSE_DECODE_FORMS(NAME##_##COLUMNS##_3, T, COLUMNS, 3) \
-  ESPARSE_DECODE_FORMS(NAME##_##COLUMNS##_4, T, COLUMNS, 4)
-#define ESPARSE_DECODE_ENTRY(NAME) {NAME, #NAME}
-#define ESPARSE_DECODE_ENTRIES(NAME, COLUMNS, FORM)  \
-  {ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_1##FORM), \
-   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_2##FORM), \
-   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_3##FORM), \
-   ESPARSE_DECODE_ENTRY(NAME##_##COLUMNS##_4##FORM)}
-#define ESPARSE_DECODE_OF_FORM(NAME, FORM) \
-  {ESPARSE_DECODE_ENTRIES(NAME, 1, FORM), ESPARSE_DECODE_ENTRIES(NAME, 2, FORM)}
-#define ESPARSE_DECODE_INSTANCES(NAME, T)                                    \
-  ESPARSE_DECODE_COLUMNS(NAME, T, 1)                                         \
-  ESPARSE_DECODE_COLUMNS(NAME, T, 2)                                         \
-  constexpr DecodeKernel NAME##_kernels[kForms][2][kMaxTiles] = {            \
-      ESPARSE_DECODE_OF_FORM(NAME, ), ESPARSE_DECODE_OF_FORM(NAME, _shared), \
-      ESPARSE_DECODE_OF_FORM(NAME, _split2), ESPARSE_DECODE_OF_FORM(NAME, _split4)}
+#define ESPARSE_DECODE_COLUMNS(NAME, T, COLUMNS) \
+  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 1)     \
+  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 2)     \
+  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 3)     \
+  ESPARSE_DECODE_KERNEL(NAME, T, COLUMNS, 4)
+#define ESPARSE_DECODE_ENTRY(NAME, COLUMNS, TILES) \
+  {NAME##_##COLUMNS##_##TILES, #NAME "_" #COLUMNS "_" #TILES}
+#define ESPARSE_DECODE_ENTRIES(NAME, COLUMNS)                                      \
+  {ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 1), ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 2), \
+   ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 3), ESPARSE_DECODE_ENTRY(NAME, COLUMNS, 4)}
+#define ESPARSE_DECODE_INSTANCES(NAME, T)                                                 \
+  ESPARSE_DECODE_COLUMNS(NAME, T, 1)                                                      \
+  ESPARSE_DECODE_COLUMNS(NAME, T, 2)                                                      \
+  constexpr DecodeKernel NAME##_kernels[2][kMaxTiles] = {ESPARSE_DECODE_ENTRIES(NAME, 1), \
+                                                         ESPARSE_DECODE_ENTRIES(NAME, 2)}
 
 }  // namespace esparse::cuda
 

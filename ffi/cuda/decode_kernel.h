@@ -29,16 +29,8 @@
 //
 //   warp 0: depth x (W, x) | warp 1: depth x (W, x) | ... | sums of every warp | squares of x
 //
-// With several teams (kShares) a group, one warp of each team, has the same channels, every one of
-// them with tiles of its own, and one copy of x between them. They meet at every piece: then x has
-// arrived, whichever of them asked for it, and all have read the piece before, into whose place the
-// next x may go. So x has a ring of its own, one place deeper than that of W:
-//
-//   warp 0: depth x W | warp 1: depth x W | ... | group 0: (depth + 1) x x | ... | sums | squares
-//
-// Where x is resident all its pieces have places of their own, filled during the first pass over
-// the tiles. kSplit blocks, a cluster, have the same tiles; their groups share the channels, and
-// they add up each other's sums.
+// Where x is resident its pieces have places of their own, behind the warp's ring, filled during
+// the first pass over the tiles.
 #ifndef ESPARSE_FFI_CUDA_DECODE_KERNEL_H_
 #define ESPARSE_FFI_CUDA_DECODE_KERNEL_H_
 
@@ -54,42 +46,32 @@ struct Fragments {
   uint32_t x, y, z, w;
 };
 
-// kTiles tiles at a time, kColumns * 8 >= rows. The sums are [group][tile][column][lane][4], the
-// squares [group][row].
-template <typename Device, typename T, int kColumns, int kTiles, bool kShares, int kSplit>
+// kTiles tiles at a time, kColumns * 8 >= rows. The sums are [warp][tile][column][lane][4], the
+// squares [warp][row].
+template <typename Device, typename T, int kColumns, int kTiles>
 ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x, const T* residual,
                            const int32_t* places, T* y, T* scattered, const KernelArgs& p) {
   const int thread = device.Thread(), threads = device.Threads();
   const int warp = device.Thread() / 32, lane = device.Thread() % 32;
   const int warps = device.Threads() / 32;
-  const int groups = kShares ? 1 << p.group_bits : warps,
-            group = kShares ? warp & (groups - 1) : warp;
-  const int teams = kShares ? warps >> p.group_bits : 1, team = kShares ? warp >> p.group_bits : 0;
-  const int rank = device.Block() % kSplit, cluster = device.Block() / kSplit;
-  const int all_groups = kSplit * groups, rank_group = rank * groups + group;  // of the cluster
-  const int channels = p.channels, rows = p.rows, depth = p.depth;
+  const int block = device.Block(), channels = p.channels, rows = p.rows, depth = p.depth;
   const bool resident = p.resident != 0;
 
-  const int first_tile = cluster * p.cluster_tiles + min(cluster, p.cluster_tiles_extra);
-  const int last_tile = first_tile + p.cluster_tiles + (cluster < p.cluster_tiles_extra);
-  const int my_units = p.group_units + (rank_group < p.group_units_extra);
-  const int first_unit =
-      p.interleave ? rank_group : rank_group * p.group_units + min(rank_group, p.group_units_extra);
-  const int unit_stride = p.interleave ? all_groups : 1;
-  const int pass_tiles = teams * kTiles, my_tiles = team * kTiles;  // of a pass, before mine
+  const int first_tile = block * p.block_tiles + min(block, p.block_tiles_extra);
+  const int last_tile = first_tile + p.block_tiles + (block < p.block_tiles_extra);
+  const int my_units = p.warp_units + (warp < p.warp_units_extra);
+  const int first_unit = p.interleave ? warp : warp * p.warp_units + min(warp, p.warp_units_extra);
+  const int unit_stride = p.interleave ? warps : 1;
 
   const uint32_t x_piece = rows * kUnitRowBytes;
-  const uint32_t slot_bytes = kTiles * kUnitBytes + (kShares || resident ? 0 : x_piece);
-  const uint32_t resident_bytes = (p.group_units + (p.group_units_extra > 0)) * x_piece;
-  const uint32_t warp_bytes = depth * slot_bytes + (!kShares && resident ? resident_bytes : 0);
+  const uint32_t slot_bytes = kTiles * kUnitBytes + (resident ? 0 : x_piece);
+  const uint32_t warp_bytes =
+      depth * slot_bytes + (resident ? (p.warp_units + (p.warp_units_extra > 0)) * x_piece : 0);
   const uint32_t ring = device.Shared() + warp * warp_bytes;
-  const uint32_t x_bytes = resident ? resident_bytes : (depth + 1) * x_piece;  // of a group
-  const uint32_t x_place =  // of the x that does not pass with W
-      kShares ? device.Shared() + warps * warp_bytes + group * x_bytes : ring + depth * slot_bytes;
-  constexpr uint32_t kTeamSumsBytes = kTiles * kColumns * 32 * 16;
-  const uint32_t sums_bytes = teams * kTeamSumsBytes;  // of a group
-  uint32_t sums = device.Shared() + warps * warp_bytes + (kShares ? groups * x_bytes : 0);
-  const uint32_t squares = sums + warps * kTeamSumsBytes + p.sums_toggle;
+  const uint32_t x_place = ring + depth * slot_bytes;  // of the resident x
+  constexpr uint32_t kSumsBytes = kTiles * kColumns * 32 * 16;
+  uint32_t sums = device.Shared() + warps * warp_bytes;
+  const uint32_t squares = sums + warps * kSumsBytes + p.sums_toggle;
 
   // A lane copies 16 bytes: of the values chunk lane % 8 of every fourth row, of the indices
   // sixteen bytes of the 32 channels lane / 4 % 4, of x sixteen bytes of every second row.
@@ -98,8 +80,7 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
   const uint8_t* indices_from =
       blob + static_cast<size_t>(p.out) * channels + ((lane >> 2) & 3) * 256 + (lane & 3) * 16;
   const uint8_t* x_from = reinterpret_cast<const uint8_t*>(from_x) +
-                          static_cast<size_t>(2 * team + (lane >> 4)) * channels * 2 +
-                          (lane & 15) * 16;
+                          static_cast<size_t>(lane >> 4) * channels * 2 + (lane & 15) * 16;
   const int half_unit = channels & (kUnitChannels / 2) ? p.units - 1 : -1;
 
   auto copy_weight = [&](uint32_t to, int tile, int unit) {
@@ -136,35 +117,32 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
     const int chunk = lane & 15;
     const int size = unit == half_unit && chunk >= 8 ? 0 : 16;
     const uint8_t* from = x_from + unit * kUnitRowBytes;
-    for (int m = 2 * team + (lane >> 4); m < rows; m += 2 * teams) {
+    for (int m = lane >> 4; m < rows; m += 2) {
       device.CopyKept(to + (chunk >> 3) * (rows * 128) + m * 128 + (((chunk & 7) ^ (m & 7)) << 4),
                       from, size);
-      from += static_cast<size_t>(4 * teams) * channels;
+      from += static_cast<size_t>(4) * channels;
     }
   };
 
-  // What to load next: unit `next` of this warp, for its tiles of the pass from `next_tile`.
+  // What to load next: unit `next` of this warp, for the tiles from `next_tile`.
   int next_tile = my_units > 0 ? first_tile : last_tile, next = 0;
   auto advance = [&] {
     if (++next == my_units) {
       next = 0;
-      next_tile += pass_tiles;
+      next_tile += kTiles;
     }
   };
   auto load_weight = [&](uint32_t slot) {
-    copy_weight(slot, next_tile + my_tiles, first_unit + next * unit_stride);
+    copy_weight(slot, next_tile, first_unit + next * unit_stride);
   };
-  auto load_x = [&](uint32_t place) {  // where it is not resident
+  auto load_x = [&](uint32_t slot) {
     if (resident) {
       if (next_tile == first_tile) {
         copy_x(x_place + next * x_piece, first_unit + next * unit_stride);
       }
     } else {
-      copy_x(place, first_unit + next * unit_stride);
+      copy_x(slot + kTiles * kUnitBytes, first_unit + next * unit_stride);
     }
-  };
-  auto place_of_x = [&](int slot) {
-    return kShares ? x_place + slot * x_piece : ring + slot * slot_bytes + kTiles * kUnitBytes;
   };
 
   if (!p.prefetch) device.WaitForPrevious();
@@ -172,7 +150,7 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
   for (int d = 0; d < depth; ++d) {
     if (next_tile < last_tile) {
       load_weight(ring + d * slot_bytes);
-      if (!p.prefetch) load_x(place_of_x(d));
+      if (!p.prefetch) load_x(ring + d * slot_bytes);
       advance();
     }
     if (!p.prefetch) device.CommitCopies();
@@ -183,7 +161,7 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
     next = 0;
     for (int d = 0; d < depth; ++d) {
       if (next_tile < last_tile) {
-        load_x(place_of_x(d));
+        load_x(ring + d * slot_bytes);
         advance();
       }
       device.CommitCopies();
@@ -204,62 +182,38 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
   const uint32_t indices_line =
       kTiles * kUnitValueBytes + (lane & 3) * 64 + (((lane >> 2) * 8) ^ ((lane & 2) << 4));
 
-  // kMinGroups floats, `stride` bytes apart, in the memory of a block of the cluster.
-  auto add_four = [&](int of_rank, uint32_t at, uint32_t stride) {
-    float part[kMinGroups];
+  auto add_four = [&](uint32_t at, uint32_t stride) {  // kMinWarps floats, `stride` bytes apart
+    float part[kMinWarps];
     ESPARSE_UNROLL
-    for (int k = 0; k < kMinGroups; ++k) {
-      part[k] = kSplit > 1 ? device.LoadShared(of_rank, at + k * stride)
-                           : device.LoadShared(at + k * stride);
-    }
+    for (int k = 0; k < kMinWarps; ++k) part[k] = device.LoadShared(at + k * stride);
     return (part[0] + part[1]) + (part[2] + part[3]);
   };
-  auto sync = [&] {  // those who add up each other's sums
-    if (kSplit > 1) {
-      device.SyncCluster();
-    } else {
-      device.SyncBlock();
-    }
-  };
-  const int writer = rank * threads + thread, writers = kSplit * threads;
 
   const bool norm = p.fusion & kNorm, swiglu = p.fusion & kSwiglu, add = p.fusion & kResidual;
   const bool scatter = p.fusion & kScatter;
-  int slot = 0, x_slot = 0;
-  for (int tile = first_tile; tile < last_tile; tile += pass_tiles) {
-    const int count = min(kTiles, last_tile - tile - my_tiles);
-    const bool square = norm && tile == first_tile && team == 0;
+  int slot = 0;
+  for (int tile = first_tile; tile < last_tile; tile += kTiles) {
+    const int count = min(kTiles, last_tile - tile);
+    const bool square = norm && tile == first_tile;
     float sum[kTiles][kColumns][4] = {}, sum_of_squares[kColumns] = {};
 
-    // This thread writes outputs writer, + writers, ... of [tile][row of x, padded][16]. The
+    // This thread writes outputs thread, + threads, ... of [tile][row of x, padded][16]. The
     // loop that does it is kept small: unrolled it was four fifths of the kernel's instructions,
     // all of which are fetched anew at every launch.
-    const int outputs = min(pass_tiles, last_tile - tile) * kColumns * 8 * kTileRows;
+    const int outputs = count * kColumns * 8 * kTileRows;
     auto load_residual = [&](int i) {
       const int m = (i >> 4) % (8 * kColumns), r = (i >> 4) / (8 * kColumns);
       return add && i < outputs && m < rows
                  ? residual[static_cast<size_t>(m) * p.out + (tile + r) * kTileRows + (i & 15)]
                  : T(0.0f);
     };
-    T next_residual = load_residual(writer);
+    T next_residual = load_residual(thread);
 
     for (int i = 0; i < my_units; ++i) {
       device.WaitCopies(depth - 1);
-      if (kShares && (!resident || tile == first_tile)) {
-        // The piece of x is there, and the one before has been read, by all teams.
-        device.SyncTeams(group, teams);
-      } else {
-        device.SyncWarp();
-      }
+      device.SyncWarp();
       const uint32_t piece = ring + slot * slot_bytes;
-      uint32_t x_at = resident ? x_place + i * x_piece : piece + kTiles * kUnitBytes;
-      if (kShares && !resident) {
-        x_at = place_of_x(x_slot);
-        // Of depth + 1 places that of the piece before is the next one to fill.
-        if (next_tile < last_tile) load_x(place_of_x(x_slot == 0 ? depth : x_slot - 1));
-        if (++x_slot > depth) x_slot = 0;
-        device.SyncWarp();  // its halves may have had different numbers of rows to load
-      }
+      const uint32_t x_at = resident ? x_place + i * x_piece : piece + kTiles * kUnitBytes;
 
       uint32_t indices[kTiles][2];
       ESPARSE_UNROLL
@@ -324,7 +278,7 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
       device.SyncWarp();
       if (next_tile < last_tile) {
         load_weight(piece);
-        if (!kShares || resident) load_x(piece + kTiles * kUnitBytes);
+        load_x(piece);
         advance();
       }
       device.CommitCopies();
@@ -338,7 +292,7 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
         total += device.Exchange(total, 1);
         total += device.Exchange(total, 2);
         if (!(lane & 3)) {
-          device.StoreShared(squares + (group * kColumns * 8 + n * 8 + (lane >> 2)) * 4, total);
+          device.StoreShared(squares + (warp * kColumns * 8 + n * 8 + (lane >> 2)) * 4, total);
         }
       }
     }
@@ -347,17 +301,16 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
       ESPARSE_UNROLL
       for (int n = 0; n < kColumns; ++n) {
         if (r < count && n * 8 + (lane & 3) * 2 < rows) {
-          device.StoreShared(sums + group * sums_bytes + team * kTeamSumsBytes +
-                                 ((r * kColumns + n) * 32 + lane) * 16,
+          device.StoreShared(sums + warp * kSumsBytes + ((r * kColumns + n) * 32 + lane) * 16,
                              sum[r][n]);
         }
       }
     }
-    sync();
+    device.SyncBlock();
     ESPARSE_KEEP_LOOP
-    for (int i = writer; i < outputs; i += writers) {
+    for (int i = thread; i < outputs; i += threads) {
       const T added = next_residual;
-      next_residual = load_residual(i + writers);
+      next_residual = load_residual(i + threads);
       const int row = i & 15, m = (i >> 4) % (8 * kColumns), r = (i >> 4) / (8 * kColumns);
       if (m >= rows || (swiglu && row >= 8)) continue;
       // mma leaves row g = lane / 4 and columns 2 (lane % 4) + 0, 1 in registers 0, 1; row g + 8 in
@@ -368,13 +321,12 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
                      4;
       float value = 0, up = 0, squared = 0;
       ESPARSE_KEEP_LOOP
-      for (int each = 0; each < all_groups; each += kMinGroups) {
-        const int owner = kSplit > 1 ? each >> p.group_bits : 0, w = each - owner * groups;
-        value += add_four(owner, at + w * sums_bytes, sums_bytes);
-        if (swiglu) up += add_four(owner, at + w * sums_bytes + 8, sums_bytes);
+      for (int w = 0; w < warps; w += kMinWarps) {
+        value += add_four(at + w * kSumsBytes, kSumsBytes);
+        if (swiglu) up += add_four(at + w * kSumsBytes + 8, kSumsBytes);
         if (norm) {
           constexpr uint32_t kSquaresBytes = kColumns * 8 * 4;
-          squared += add_four(owner, squares + m * 4 + w * kSquaresBytes, kSquaresBytes);
+          squared += add_four(squares + m * 4 + w * kSquaresBytes, kSquaresBytes);
         }
       }
       const float scale = norm ? device.ReciprocalRoot(squared / channels + p.epsilon) : 1.0f;
@@ -391,15 +343,14 @@ ESPARSE_DEVICE void Decode(Device& device, const uint8_t* blob, const T* from_x,
         scattered[static_cast<size_t>(m) * p.out + place] = device.template Narrow<T>(value);
       }
     }
-    if (tile + pass_tiles < last_tile) {
+    if (tile + kTiles < last_tile) {
       if (p.sums_toggle == 0) {
-        sync();
+        device.SyncBlock();
       } else {
-        sums += (((tile - first_tile) / pass_tiles) & 1) ? -p.sums_toggle : p.sums_toggle;
+        sums += (((tile - first_tile) / kTiles) & 1) ? -p.sums_toggle : p.sums_toggle;
       }
     }
   }
-  if (kSplit > 1) device.SyncCluster();  // a block that has ended has no memory to read
 }
 
 }  // namespace esparse::cuda

@@ -20,49 +20,35 @@ bool MakeCut(const Product& product, const Plan& plan, const Multiprocessors& de
 
   cut->columns = args.rows <= 8 ? 1 : 2;
   cut->tiles = plan.tiles;
-  cut->teams = plan.teams;
-  cut->split = plan.split;
-  cut->form = plan.teams > 1    ? kShared
-              : plan.split == 1 ? kPlain
-              : plan.split == 2 ? kSplit2
-                                : kSplit4;
   cut->warps = plan.warps;
   cut->blocks = plan.blocks;
   const int all_tiles = args.out / kTileRows;
-  int clusters = std::min(device.count * plan.blocks / plan.split, all_tiles);
-  if (plan.split > 1) clusters = std::min(clusters, device.clusters);
-  cut->grid = clusters * plan.split;
-  args.cluster_tiles = all_tiles / clusters;
-  args.cluster_tiles_extra = all_tiles % clusters;
-  const int groups = plan.warps / plan.teams;
-  args.group_bits = 0;
-  while (1 << args.group_bits < groups) ++args.group_bits;
+  cut->grid = std::min(device.count * plan.blocks, all_tiles);
+  args.block_tiles = all_tiles / cut->grid;
+  args.block_tiles_extra = all_tiles % cut->grid;
   args.units = CeilDiv(args.channels, kUnitChannels);
-  args.group_units = args.units / (plan.split * groups);
-  args.group_units_extra = args.units % (plan.split * groups);
+  args.warp_units = args.units / plan.warps;
+  args.warp_units_extra = args.units % plan.warps;
 
-  const int most_units = CeilDiv(args.units, plan.split * groups);
-  const int passes = CeilDiv(CeilDiv(all_tiles, clusters), plan.tiles * plan.teams);
+  const int most_units = CeilDiv(args.units, plan.warps);
+  const int passes = CeilDiv(CeilDiv(all_tiles, cut->grid), plan.tiles);
   const int x_piece = args.rows * kUnitRowBytes;
-  // Of the ring, for each piece that is under way; one team has x in it, teams that share x have a
-  // ring of x of their own with one place more.
-  const bool passes_by = !args.resident, shares = plan.teams > 1;
-  const int depth_bytes = plan.warps * plan.tiles * kUnitBytes + (passes_by ? groups * x_piece : 0);
-  const int x_bytes = groups * x_piece * (passes_by ? shares : most_units);
+  const int slot = plan.tiles * kUnitBytes + (args.resident ? 0 : x_piece);
+  const int x_bytes = args.resident ? most_units * x_piece : 0;
   const int sums = plan.warps * plan.tiles * cut->columns * 32 * 16;
-  const int squares = groups * cut->columns * 8 * 4;
+  const int squares = plan.warps * cut->columns * 8 * 4;
   const int capacity = device.Capacity(plan.blocks);
   for (const bool two_sums : {true, false}) {
     // Two buffers for the sums save a barrier after each pass; not at the price of a short ring.
     args.sums_toggle = two_sums && passes > 1 ? sums : 0;
-    const int fixed = sums + args.sums_toggle + squares + x_bytes;
-    const int fit = (capacity - fixed) / depth_bytes;
+    const int fixed = sums + args.sums_toggle + squares + plan.warps * x_bytes;
+    const int fit = (capacity - fixed) / (plan.warps * slot);
     int depth = std::min({fit, kMaxDepth, most_units * passes});
     if (plan.depth > 0) depth = std::min(depth, plan.depth);
     if (two_sums && passes > 1 && depth < 3) continue;
     if (depth < 1) return false;
     args.depth = depth;
-    cut->shared = fixed + depth * depth_bytes;
+    cut->shared = fixed + plan.warps * depth * slot;
     return true;
   }
   return false;
@@ -72,8 +58,7 @@ bool MakeCut(const Product& product, const Plan& plan, const Multiprocessors& de
 // so many channels.
 struct Rule {
   int rows, tiles, channels;
-  Plan plan;  // tiles, warps, blocks, interleave, depth (as many as fit), resident; one team, no
-              // split
+  Plan plan;  // tiles, warps, blocks, interleave, depth (as many as fit), resident
 };
 constexpr int kAny = 1 << 30;
 constexpr int kLongRow = 7168;
@@ -118,13 +103,9 @@ Plan Choose(const Product& product, const Plan& given, const Multiprocessors& de
   prefer(given.interleave, &plan.interleave);
   prefer(given.depth, &plan.depth);
   prefer(given.resident, &plan.resident);
-  plan.teams = std::max(given.teams, 1);
-  plan.split = device.clusters > 0 ? std::max(given.split, 1) : 1;
-  if (given.warps == 0) plan.warps = std::max(plan.warps, kMinGroups * plan.teams);
   // What was not asked for gives way: more warps than that do not run at once.
   if (given.blocks == 0 && plan.warps * plan.blocks > kMaxWarps) plan.blocks = 1;
   if (given.warps == 0) plan.warps = std::min(plan.warps, kMaxWarps / plan.blocks);
-  plan.teams = std::min(plan.teams, plan.warps / kMinGroups);
   return plan;
 }
 
@@ -136,13 +117,11 @@ int Multiprocessors::Capacity(int blocks) const {
 
 bool FitCut(const Product& product, const Plan& given, const Multiprocessors& device, Cut* cut) {
   Plan plan = Choose(product, given, device);
-  while (plan.split > device.count * plan.blocks) plan.split /= 2;
   while (!MakeCut(product, plan, device, cut)) {
     if (plan.resident == 1) {
       plan.resident = 2;
-    } else if (plan.warps > kMinGroups) {
+    } else if (plan.warps > kMinWarps) {
       plan.warps /= 2;
-      plan.teams = std::min(plan.teams, plan.warps / kMinGroups);
     } else if (plan.tiles > 1) {
       --plan.tiles;
     } else {

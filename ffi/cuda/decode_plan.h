@@ -36,30 +36,24 @@ struct Product {
 // How the work is cut. Zero chooses by the shape and the device.
 struct Plan {
   int32_t tiles = 0;       // 1..4 tiles of 16 outputs that a warp computes at a time
-  int32_t warps = 0;       // of a block: 4, 8 or 16; those of a team share the channels of a tile
+  int32_t warps = 0;       // 4, 8 or 16 of a block: they share the channels of a tile
   int32_t blocks = 0;      // per multiprocessor, 1 or 2
   int32_t interleave = 0;  // 1: a warp's channels are strewn, 2: they are a run
   int32_t depth = 0;       // 1..8 pieces of W a warp has under way, at most
   int32_t resident = 0;    // 1: x stays in shared memory for all tiles, 2: it passes with W
-  // 1, 2 or 4 teams of at least 4 warps. A team has tiles of its own; all read one copy of x.
-  int32_t teams = 0;
-  // 1, 2 or 4 blocks, a cluster, have the same tiles and split the channels: from sm_90 on, for one
-  // team.
-  int32_t split = 0;
 };
 
 // As it is handed over: its fields in their order.
-constexpr int kPlanFields = 8;
+constexpr int kPlanFields = 6;
 inline Plan PlanOf(const int32_t* fields) {
   static_assert(sizeof(Plan) == kPlanFields * sizeof(int32_t));
-  return {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6], fields[7]};
+  return {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]};
 }
 
 // What a plan has to fit on.
 struct Multiprocessors {
   int count;
   int shared_per_block, shared_per_multiprocessor, reserved_per_block;  // bytes
-  int clusters;  // of blocks, at most at once; 0: there are none
 
   // Shared memory of a block when `blocks` of them share a multiprocessor.
   int Capacity(int blocks) const;
@@ -68,8 +62,7 @@ struct Multiprocessors {
 // The kernel's cut of one product, and the shared memory it takes.
 struct Cut {
   KernelArgs args;
-  Form form;
-  int columns, tiles, teams, split, warps, blocks, grid, shared;
+  int columns, tiles, warps, blocks, grid, shared;
 };
 
 // The cut of a product by a plan, its zeros filled in. Where shared memory does not suffice, on

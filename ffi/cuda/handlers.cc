@@ -1,6 +1,5 @@
 #include "cuda/handlers.h"
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -82,8 +81,8 @@ Dtype DtypeOf(const ffi::AnyBuffer& x) {
 ffi::ErrorOr<Plan> CheckedPlan(const ffi::Span<const int32_t>& fields) {
   if (fields.size() != kPlanFields) {
     return ffi::Unexpected(InvalidArgument("a plan has ", kPlanFields, " numbers (tiles, warps, ",
-                                           "blocks, interleave, depth, resident, teams, split); ",
-                                           "got ", fields.size(), "."));
+                                           "blocks, interleave, depth, resident); got ",
+                                           fields.size(), "."));
   }
   const Plan plan = PlanOf(fields.begin());
   const auto one_of = [](int32_t value, std::initializer_list<int32_t> allowed) {
@@ -92,19 +91,15 @@ ffi::ErrorOr<Plan> CheckedPlan(const ffi::Span<const int32_t>& fields) {
     }
     return false;
   };
-  const bool crowded = (plan.warps > 0 && plan.warps < kMinGroups * plan.teams) ||
-                       std::max(plan.warps, kMinGroups * plan.teams) * plan.blocks > kMaxWarps;
   if (plan.tiles < 0 || plan.tiles > kMaxTiles || !one_of(plan.warps, {0, 4, 8, 16}) ||
       !one_of(plan.blocks, {0, 1, 2}) || !one_of(plan.interleave, {0, 1, 2}) || plan.depth < 0 ||
-      !one_of(plan.resident, {0, 1, 2}) || !one_of(plan.teams, {0, 1, 2, 4}) || crowded ||
-      !one_of(plan.split, {0, 1, 2, 4}) || (plan.teams > 1 && plan.split > 1)) {
+      plan.depth > kMaxDepth || !one_of(plan.resident, {0, 1, 2}) ||
+      plan.warps * plan.blocks > kMaxWarps) {
     return ffi::Unexpected(InvalidArgument(
         "a plan is tiles 1..4, warps 4, 8 or 16, blocks 1 or 2, interleave 1 or 2, depth 1..8, ",
-        "resident 1 or 2, teams 1, 2 or 4 of at least 4 warps, no more than 16 warps in all ",
-        "blocks of a multiprocessor, split 1, 2 or 4 where there is one ",
-        "team, and 0 for what is to be chosen; got ", plan.tiles, ", ", plan.warps, ", ",
-        plan.blocks, ", ", plan.interleave, ", ", plan.depth, ", ", plan.resident, ", ", plan.teams,
-        ", ", plan.split, "."));
+        "resident 1 or 2, no more than 16 warps in all blocks of a multiprocessor, and 0 for what ",
+        "is to be chosen; got ", plan.tiles, ", ", plan.warps, ", ", plan.blocks, ", ",
+        plan.interleave, ", ", plan.depth, ", ", plan.resident, "."));
   }
   return plan;
 }

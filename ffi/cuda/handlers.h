@@ -23,7 +23,7 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(RowNorm16);
 
 #ifdef ESPARSE_CUBINS
 // A product that XLA records instead of tracing it.
-constexpr const char* kRecordedTarget = "esparse_decode24_recorded_v2";
+constexpr const char* kRecordedTarget = "esparse_decode24_recorded_v3";
 XLA_FFI_Error* RecordDecode24(XLA_FFI_CallFrame* frame);
 
 // `jax.ffi` cannot register a record stage (0.11 takes one and drops it), so RegisterRecorded is

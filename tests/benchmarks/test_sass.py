@@ -83,15 +83,5 @@ def test_what_is_wrong_shows_in_the_exit_status(sass, monkeypatch, architecture,
     assert judge(sass, monkeypatch, parts) == 1
 
 
-def test_products_that_blocks_split_are_judged_where_there_are_clusters(sass, monkeypatch, capsys):
-    parts = good()
-    trap = (["BPT.TRAP 0x1"], 4)
-    parts["sm_80"]["esparse_decode_float16_1_1_split2"] = trap
-    assert judge(sass, monkeypatch, parts) == 0
-    assert "| sm_80 | decode | 1 | 1 |" in capsys.readouterr().out
-    parts["sm_90"]["esparse_decode_float16_1_1_split2"] = trap
-    assert judge(sass, monkeypatch, parts) == 1
-
-
 def test_no_machine_code_is_wrong(sass, monkeypatch):
     assert judge(sass, monkeypatch, {}) == 1

@@ -25,7 +25,7 @@ from esparse_jax.sparse import _ffi_cuda
 SMALL = {"shape": "tiny", "context": 20, "new_tokens": 17, "repeats": 2}
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 64}
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": 1.0}
-DECODE, CHAIN = "esparse_decode24_cuda_v3", "esparse_chain24_cuda_v2"
+DECODE, CHAIN = "esparse_decode24_cuda_v4", "esparse_chain24_cuda_v3"
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from esparse_jax.models.surgery import (
 )
 from esparse_jax.sparse import Blob24, _ffi_cuda, compressed24_of, decompress24
 
-DECODE, CHAIN = "esparse_decode24_cuda_v3", "esparse_chain24_cuda_v2"
+DECODE, CHAIN = "esparse_decode24_cuda_v4", "esparse_chain24_cuda_v3"
 ATTEND = "esparse_attend_cuda_v2"
 LAYERS = 2
 FIELDS = {

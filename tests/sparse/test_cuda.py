@@ -39,7 +39,7 @@ from esparse_jax.sparse import (
 from esparse_jax.sparse import matmul as matmul_file
 from esparse_jax.sparse.tune import decode_plans
 
-DECODE, CHAIN = "esparse_decode24_cuda_v3", "esparse_chain24_cuda_v2"
+DECODE, CHAIN = "esparse_decode24_cuda_v4", "esparse_chain24_cuda_v3"
 
 needs_build = pytest.mark.skipif(
     not _ffi_cuda.decode_available(), reason="the extension was built without its CUDA part"
@@ -153,7 +153,7 @@ def test_a_chain_lowers_to_one_call(shuffled, last):
 
 @needs_build
 def test_a_chain_takes_plans_for_its_products(monkeypatch):
-    plans = {"gate_up": {"tiles": 3, "teams": 2}, "qkv": {"warps": 16, "split": 4}}
+    plans = {"gate_up": {"tiles": 3, "resident": 2}, "qkv": {"warps": 16}}
     attended, hidden, weights = _chain_operands(jnp.float16, 3, shuffled=False, last=False)
 
     def lowered(records):
@@ -163,12 +163,13 @@ def test_a_chain_takes_plans_for_its_products(monkeypatch):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     each = re.findall(r"plan = dense<(.*?)> : tensor", lowered(True))
-    assert each == ["0", "[3, 0, 0, 0, 0, 0, 2, 0]", "0", "[0, 16, 0, 0, 0, 0, 0, 4]"]
-    assert lowered(False).count(", 3, 0, 0, 0, 0, 0, 2, 0, ") == 1
+    assert each == ["0", "[3, 0, 0, 0, 0, 2]", "0", "[0, 16, 0, 0, 0, 0]"]
+    assert lowered(False).count(", 3, 0, 0, 0, 0, 2, ") == 1
     with pytest.raises(ValueError, match="gate_up, down; got qkv as well"):
         sparse_mlp(hidden, weights.gate_up, weights.down, epsilon=1e-5, plans=plans)
 
 
+@needs_build
 def test_the_kernel_is_refused_where_it_cannot_run():
     with pytest.raises(ValueError, match="1 to 16 rows; got 17"):
         jax.eval_shape(
@@ -334,8 +335,8 @@ def test_every_plan_gives_the_same_product():
     shape = (2304, 448)
     blob = random_blob(shape)
     facts = {"out": shape[0], "channels": shape[1], "dtype": "float16"}
-    clusters = float(jax.devices()[0].compute_capability) >= 9
-    plans = decode_plans(teams=(1, 2, 4), split=(1, 2, 4))
+    hopper = jax.devices()[0].compute_capability == "9.0"
+    plans = decode_plans()
     for rows in (1, 16):
         x = random_x(rows, shape[1])
         results = jax.jit(
@@ -346,9 +347,9 @@ def test_every_plan_gives_the_same_product():
             used = _ffi_cuda._extension().decode_used_plan(
                 rows=rows, plan=_ffi_cuda._plan(plan).tolist(), **facts
             )
-            # Else this would be a test of other plans. Before Hopper there are no clusters.
-            assert used["split"] == (plan.get("split", 1) if clusters else 1)
-            assert used["teams"] == plan.get("teams", 1) or plan["tiles"] == 4
+            # Else this would be a test of other plans. Before Hopper more of them are too large.
+            if hopper and plan["tiles"] * plan["warps"] * plan["blocks"] < 64:
+                assert plan.items() <= used.items()
             assert relative(got, want) < 1.5 * rounding(x.dtype), plan
 
 

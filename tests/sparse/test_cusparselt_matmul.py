@@ -31,7 +31,7 @@ from esparse_jax.sparse import (
 from esparse_jax.sparse import blob as blob_file
 from esparse_jax.sparse import matmul as matmul_file
 
-MATMUL, DECODE = "esparse_cusparselt_matmul_cuda_v1", "esparse_decode24_cuda_v3"
+MATMUL, DECODE = "esparse_cusparselt_matmul_cuda_v1", "esparse_decode24_cuda_v4"
 by_library = functools.partial(sparse_matmul, backend="cusparselt")
 
 needs_extension = pytest.mark.skipif(

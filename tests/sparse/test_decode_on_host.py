@@ -21,12 +21,11 @@ class Multiprocessors(NamedTuple):
     per_block: int
     per_multiprocessor: int
     reserved: int
-    clusters: int = 100
 
 
 # With the shared memory of Hopper, of Ampere's and Ada's smaller chips, and with hardly any.
 HOPPER = Multiprocessors(3, 232448, 233472, 1024)
-SMALL = Multiprocessors(2, 101376, 102400, 1024, clusters=0)
+SMALL = Multiprocessors(2, 101376, 102400, 1024)
 SCARCE = Multiprocessors(2, 30000, 31024, 1024)
 
 
@@ -38,8 +37,6 @@ class Used(NamedTuple):
     grid: int
     depth: int
     resident: int
-    teams: int
-    split: int
 
 
 @pytest.fixture(scope="session")
@@ -106,21 +103,16 @@ def test_the_kernels_source_computes_the_product(on_host, shape, dtype, rows):
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4])
-@pytest.mark.parametrize(
-    ("warps", "blocks", "teams"),
-    [(4, 2, 1), (8, 1, 1), (16, 1, 1), (8, 2, 2), (16, 1, 2), (16, 1, 4)],
-)
+@pytest.mark.parametrize(("warps", "blocks"), [(4, 2), (8, 1), (8, 2), (16, 1)])
 @pytest.mark.parametrize("interleave", [1, 2])
 @pytest.mark.parametrize("resident", [1, 2])
-def test_every_plan_gives_the_same_product(
-    on_host, tiles, warps, blocks, teams, interleave, resident
-):
+def test_every_plan_gives_the_same_product(on_host, tiles, warps, blocks, interleave, resident):
     shape = (320, 448)
     blob = random_blob(shape)
     plan = dict(
         zip(
-            ("tiles", "warps", "blocks", "teams", "interleave", "resident"),
-            (tiles, warps, blocks, teams, interleave, resident),
+            ("tiles", "warps", "blocks", "interleave", "resident"),
+            (tiles, warps, blocks, interleave, resident),
             strict=True,
         )
     )
@@ -131,61 +123,25 @@ def test_every_plan_gives_the_same_product(
         assert status == 0
         assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
         if (tiles, warps * blocks, rows) != (4, 16, 16):  # may be too large for a block
-            expected = (tiles, warps, teams, int(resident == 1))
-            assert (used.tiles, used.warps, used.teams, used.resident) == expected
+            assert (used.tiles, used.warps, used.resident) == (tiles, warps, int(resident == 1))
         assert used.grid == min(HOPPER.count * blocks, shape[0] // 16)
 
 
-@pytest.mark.parametrize(
-    ("field", "number"), [("teams", 2), ("teams", 4), ("split", 2), ("split", 4)]
-)
+@pytest.mark.parametrize("warps", [4, 16])
 @pytest.mark.parametrize("rows", [3, 9, 16])
-def test_what_shares_or_splits_x_fuses_all_the_same(on_host, field, number, rows):
-    """Several passes over the tiles, the last of them with nothing for some teams."""
+def test_several_passes_over_the_tiles_fuse_all_the_same(on_host, warps, rows):
+    """Of the 16 warps most have no channels."""
     shape, dtype = (448, 704), jnp.bfloat16
     device = HOPPER._replace(count=5)
     blob, x = random_blob(shape, dtype), random_x(rows, shape[1], dtype)
     for at, variant in enumerate(variants(rows, shape, dtype)):
         if "permutation" in variant:
             continue
-        plan = {"tiles": 1, "warps": 16, "blocks": 1, field: number, "resident": 1 + at % 2}
-        if field == "split":
-            plan |= {"warps": 4, "interleave": 1 + at // 2 % 2}
+        plan = {"tiles": 1, "warps": warps, "blocks": 1, "resident": 1 + at % 2}
         timing = {"late": at % 3 > 0, "prefetch": at % 4 > 1}
         status, got, used = _run(on_host, x, blob, plan, device, **timing, **variant)
-        assert (status, getattr(used, field)) == (0, number)
+        assert (status, used.tiles, used.warps, used.grid) == (0, 1, warps, device.count)
         assert relative(got, slow_product(x, blob, **variant)) < 1.5 * rounding(dtype)
-
-
-@pytest.mark.parametrize("split", [2, 4])
-@pytest.mark.parametrize("tiles", [1, 2, 3, 4])
-@pytest.mark.parametrize(("warps", "blocks"), [(4, 2), (8, 1)])
-@pytest.mark.parametrize("resident", [1, 2])
-def test_blocks_that_split_the_channels_give_the_same_product(
-    on_host, split, tiles, warps, blocks, resident
-):
-    shape = (320, 832)
-    blob, x = random_blob(shape), random_x(16, shape[1])
-    plan = {"tiles": tiles, "warps": warps, "blocks": blocks, "split": split, "resident": resident}
-    device = HOPPER._replace(count=6)
-    for late in (False, True):
-        status, got, used = _run(on_host, x, blob, plan, device, late=late, prefetch=late)
-        assert (status, used.split, used.grid % split) == (0, split, 0)
-        assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
-
-
-def test_a_split_is_for_devices_with_clusters(on_host):
-    blob, x = random_blob((64, 1024)), random_x(2, 1024)
-    status, got, used = _run(on_host, x, blob, {"split": 2}, SMALL)
-    assert (status, used.split) == (0, 1)
-    assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
-    # A grid of no more clusters than run at once.
-    status, got, used = _run(on_host, x, blob, {"split": 2}, HOPPER._replace(clusters=1))
-    assert (status, used.split, used.grid) == (0, 2, 2)
-    assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
-    # Three multiprocessors hold no cluster of four blocks, one on each.
-    status, _, used = _run(on_host, x, blob, {"blocks": 1, "split": 4}, HOPPER)
-    assert (status, used.split) == (0, 2)
 
 
 def test_the_rule_gives_way_to_the_blocks_that_are_asked_for(on_host):
@@ -197,26 +153,13 @@ def test_the_rule_gives_way_to_the_blocks_that_are_asked_for(on_host):
         assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
 
 
-@pytest.mark.parametrize("teams", [2, 4])
-def test_teams_have_the_warps_they_need(on_host, teams):
-    """Also where the kernel's own rule has fewer of them, and more blocks."""
-    blob, x = random_blob((64, 128)), random_x(16, 128)
-    status, got, used = _run(on_host, x, blob, {"teams": teams}, HOPPER._replace(count=1))
-    assert (status, used.teams) == (0, teams)
-    assert used.warps >= 4 * teams
-    assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
-
-
 @pytest.mark.parametrize("depth", range(1, 9))
-@pytest.mark.parametrize("teams", [1, 2])
-def test_a_ring_of_any_depth_gives_the_same_product(on_host, depth, teams):
-    shape, plan = (192, 1344), {"tiles": 1, "blocks": 1, "depth": depth, "teams": teams}
-    plan["warps"] = 4 * teams
+def test_a_ring_of_any_depth_gives_the_same_product(on_host, depth):
+    shape, plan = (192, 1344), {"tiles": 1, "warps": 4, "blocks": 1, "depth": depth}
     blob, x = random_blob(shape), random_x(9, shape[1])
     for late in (False, True):
         status, got, used = _run(on_host, x, blob, plan, HOPPER, late=late)
-        pieces = 3 * 4 // teams  # of a warp: units, and passes over the block's tiles
-        assert (status, used.depth) == (0, min(depth, pieces))
+        assert (status, used.depth) == (0, depth)
         assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
 
 
@@ -229,10 +172,6 @@ def test_a_plan_shrinks_where_shared_memory_is_short(on_host):
         assert status == 0
         assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
         assert used.warps * used.tiles < 64
-        status, got, used = _run(on_host, x, blob, plan | {"teams": 4}, device)
-        assert status == 0
-        assert relative(got, slow_product(x, blob)) < 1.5 * rounding(x.dtype)
-        assert used.teams < 4
     status, _, _ = _run(on_host, x, blob, {}, SCARCE._replace(per_block=9000))
     assert status == NO_CUT
 

@@ -83,15 +83,6 @@ class Host {
   void LetNextStart() const {}
   void SyncWarp() { fiber_.SyncWarp(); }
   void SyncBlock() { fiber_.SyncBlock(); }
-  void SyncCluster() { fiber_.SyncCluster(); }
-  float LoadShared(int rank, uint32_t address) {
-    float value;
-    std::memcpy(&value, Place(rank, address, sizeof(value)), sizeof(value));
-    return value;
-  }
-  void SyncTeams(int group, int teams) {
-    if (!fiber_.SyncSome(1 + group, kWarpThreads * teams)) *outside_ = true;
-  }
   float Exchange(float x, int offset) { return fiber_.Exchange(x, offset); }
 
   void CopyReadOnce(uint32_t to, const void* from, int size) { Copy(to, from, size); }
@@ -212,9 +203,8 @@ class Host {
     std::memset(to, 0, 16);
     std::memcpy(to, request.from, request.size);
   }
-  char* Place(uint32_t address, size_t size) { return Place(fiber_.Rank(), address, size); }
-  char* Place(int rank, uint32_t address, size_t size) {
-    std::vector<char>& shared = fiber_.Shared(rank);
+  char* Place(uint32_t address, size_t size) {
+    std::vector<char>& shared = fiber_.Shared(fiber_.Rank());
     if (address % size == 0 && address + size <= shared.size()) return shared.data() + address;
     *outside_ = true;
     return nowhere_;
@@ -239,11 +229,11 @@ class Host {
 
 enum Outcome { kDone = 0, kNoCut = 1, kEndless = 2, kOutside = 3 };
 
-template <typename T, int kColumns, int kTiles, bool kShares, int kSplit>
+template <typename T, int kColumns, int kTiles>
 Outcome RunGrid(const Product& product, const Cut& cut, Copies copies) {
   const size_t out_bytes = sizeof(T) * product.rows * product.out;
   bool outside = false;
-  for (int block = 0; block < cut.grid; block += kSplit) {
+  for (int block = 0; block < cut.grid; ++block) {
     Later x(product.x, sizeof(T) * product.rows * product.channels),
         residual(product.residual, out_bytes),
         blob(product.blob, product.out * product.channels / 16 * 18);
@@ -255,13 +245,13 @@ Outcome RunGrid(const Product& product, const Cut& cut, Copies copies) {
     };
     const auto decode = [&](Fiber& fiber) {
       Host host(fiber, copies, blob, x, &outside);
-      Decode<Host, T, kColumns, kTiles, kShares, kSplit>(
-          host, blob.Seen<uint8_t>(), x.Seen<T>(), residual.Seen<T>(), product.places,
-          static_cast<T*>(product.y), static_cast<T*>(product.scattered), cut.args);
+      Decode<Host, T, kColumns, kTiles>(host, blob.Seen<uint8_t>(), x.Seen<T>(), residual.Seen<T>(),
+                                        product.places, static_cast<T*>(product.y),
+                                        static_cast<T*>(product.scattered), cut.args);
     };
     const Cluster cluster = {
-        kSplit, cut.warps * kWarpThreads,          static_cast<size_t>(cut.shared), previous,
-        decode, /*uneven=*/block / kSplit % 2 == 1};
+        1,      cut.warps * kWarpThreads, static_cast<size_t>(cut.shared), previous,
+        decode, /*uneven=*/block % 2 == 1};
     if (!Running(cluster, block).ToTheEnd()) return kEndless;
   }
   return outside ? kOutside : kDone;
@@ -270,10 +260,7 @@ Outcome RunGrid(const Product& product, const Cut& cut, Copies copies) {
 template <typename T>
 Outcome RunInstance(const Product& product, const Cut& cut, Copies copies) {
   const auto with_tiles = [&](auto columns, auto tiles) {
-    if (cut.form == kShared) return RunGrid<T, columns, tiles, true, 1>(product, cut, copies);
-    if (cut.form == kSplit2) return RunGrid<T, columns, tiles, false, 2>(product, cut, copies);
-    if (cut.form == kSplit4) return RunGrid<T, columns, tiles, false, 4>(product, cut, copies);
-    return RunGrid<T, columns, tiles, false, 1>(product, cut, copies);
+    return RunGrid<T, columns, tiles>(product, cut, copies);
   };
   using std::integral_constant;
   const auto with_columns = [&](auto columns) {
@@ -290,9 +277,9 @@ Outcome RunInstance(const Product& product, const Cut& cut, Copies copies) {
 }  // namespace esparse::cuda
 
 // 0; 1 where the plan fits no such device; 2 where threads wait for each other for ever; 3 where
-// memory is read or written outside what is given, or not at a multiple of its size, or a barrier
-// is none. `plan` has the fields of Plan, `device` those of Multiprocessors; `used` is told tiles,
-// warps, blocks, depth, whether x is resident, teams and split, as they are.
+// memory is read or written outside what is given, or not at a multiple of its size. `plan` has the
+// fields of Plan, `device` those of Multiprocessors; `used` is told tiles, warps, blocks, depth and
+// whether x is resident, as they are.
 extern "C" __attribute__((visibility("default"))) int esparse_decode_on_host(
     int bfloat16, int64_t rows, int64_t out, int64_t channels, int fusion, float epsilon,
     const int32_t* plan_fields, const int* device_fields, int prefetch, int late_copies,
@@ -313,12 +300,11 @@ extern "C" __attribute__((visibility("default"))) int esparse_decode_on_host(
   product.fusion = fusion;
   product.epsilon = epsilon;
   const Multiprocessors device = {device_fields[0], device_fields[1], device_fields[2],
-                                  device_fields[3], device_fields[4]};
+                                  device_fields[3]};
   Cut cut;
   if (!FitCut(product, PlanOf(plan_fields), device, &cut)) return kNoCut;
   cut.args.prefetch = prefetch;
-  const int told[] = {cut.tiles,         cut.warps, cut.grid, cut.args.depth,
-                      cut.args.resident, cut.teams, cut.split};
+  const int told[] = {cut.tiles, cut.warps, cut.grid, cut.args.depth, cut.args.resident};
   std::copy(std::begin(told), std::end(told), used);
   const Copies copies = late_copies ? Copies::kLate : Copies::kEarly;
   return bfloat16 ? RunInstance<Bfloat16>(product, cut, copies)

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <map>
 #include <memory>
 #include <random>
 #include <utility>
@@ -59,10 +58,9 @@ class Running {
   std::vector<Shown> shown_;             // of each warp
   std::vector<Meeting> warps_, blocks_;  // of the cluster
   Meeting all_;
-  std::map<std::pair<int, int>, Meeting> some_;  // by the block and a place in it
-  std::vector<std::vector<char>> shared_;        // memory of each block
-  std::vector<int> left_;                        // fibers of each block that have not ended
-  int64_t steps_ = 0;                            // arrivals and ends so far
+  std::vector<std::vector<char>> shared_;  // memory of each block
+  std::vector<int> left_;                  // fibers of each block that have not ended
+  int64_t steps_ = 0;                      // arrivals and ends so far
 };
 
 // One thread.
@@ -86,16 +84,6 @@ class Fiber {
   void SyncWarp() { Meet(&running_->warps_[Warp()]); }
   void SyncBlock() { Meet(&running_->blocks_[rank_]); }
   void SyncCluster() { Meet(&running_->all_); }
-  // So many threads of the block, all of which name the same barrier; false where they do not
-  // agree how many they are, or where a GPU has no such barrier.
-  bool SyncSome(int barrier, int threads) {
-    constexpr int kBarriers = 16;
-    Meeting& meeting = running_->some_[{rank_, barrier}];
-    const bool agreed = meeting.arrived == 0 || meeting.expected == threads;
-    meeting.expected = threads;
-    Meet(&meeting);
-    return agreed && barrier > 0 && barrier < kBarriers;
-  }
 
   // The shared memory of a block of the cluster.
   std::vector<char>& Shared(int rank) const { return running_->shared_[rank]; }
