@@ -11,6 +11,7 @@ from .blob import (
     library_blob_agrees,
 )
 from .compress import Compressed24, check24, compress24, decompress24
+from .export import exportable
 from .fused import (
     ChainWeights,
     fused_matmul,
@@ -70,6 +71,7 @@ __all__ = [
     "compressed24_of",
     "decompress24",
     "device_blob24",
+    "exportable",
     "fused_matmul",
     "fused_matmul_reference",
     "gpus",

@@ -1,8 +1,10 @@
 """The extension's calls for NVIDIA GPUs."""
 
+import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from types import ModuleType
 from typing import NamedTuple
 
@@ -83,7 +85,19 @@ def _require_rows(rows: int) -> None:
         )
 
 
-@functools.cache
+_TRACED: ContextVar[bool] = ContextVar("esparse_jax_traced_calls", default=False)
+
+
+@contextlib.contextmanager
+def traced_calls() -> Iterator[None]:
+    """Inside, no call is one that XLA records."""
+    token = _TRACED.set(True)
+    try:
+        yield
+    finally:
+        _TRACED.reset(token)
+
+
 def records_calls() -> bool:
     """Whether XLA records a call (a product, the attention of a decode step) as a kernel of its own
     CUDA graph, so that calls can overlap.
@@ -91,6 +105,11 @@ def records_calls() -> bool:
     It takes a GPU of compute capability 9.0 and FFI API 0.4 (jax 0.11). Elsewhere XLA traces each
     call into a graph of its own, and only the kernels inside one call overlap.
     """
+    return not _TRACED.get() and _can_record()
+
+
+@functools.cache
+def _can_record() -> bool:
     extension = native.extension()
     if extension is None or extension.CUDA_RECORDED_TARGET is None:
         return False

@@ -35,7 +35,7 @@ def sparse_matmul(
 
     Any number of leading axes; sums in float32, rounded once to the dtype of `x`. Works in `jit`,
     `scan`, `shard_map`, `vmap` (over `x` the batch becomes rows; over weights the products run one
-    after the other) and `jax.export`.
+    after the other) and `jax.export` (see `exportable`).
 
     On the CPU platform this is a compiled product, multithreaded and vectorised; everywhere else it
     is plain JAX (`sparse_matmul_reference`). The choice is made when the computation is lowered, so

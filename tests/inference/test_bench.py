@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lowering import lowered_for_cuda
 from tiny import tiny_pruned
 
 from esparse_jax import compress_checkpoint
@@ -264,10 +265,7 @@ def test_the_jitted_steps_that_are_timed_lower_for_cuda(shuffle):
     keys = jax.random.split(jax.random.key(0), CHUNK)
 
     def lowered(function, *arguments, **options) -> str:
-        checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (DECODE, CHAIN)]
-        jitted = jax.jit(lambda *given: function(graphdef, *given, **options))
-        exported = jax.export.export(jitted, platforms=["cuda"], disabled_checks=checks)
-        return exported(*arguments).mlir_module()
+        return lowered_for_cuda(lambda *given: function(graphdef, *given, **options), *arguments)
 
     for rows in (1, 16):
         cache = init_cache(config, rows, 64, dtype="float16")

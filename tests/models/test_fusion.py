@@ -11,6 +11,7 @@ import llama_cases
 import numpy as np
 import pytest
 from flax import nnx
+from lowering import lowered_for_cuda
 
 from esparse_jax import generate
 from esparse_jax.inference.generate import CHUNK, decode, prefill
@@ -28,7 +29,7 @@ from esparse_jax.models.surgery import (
     weight_of,
     with_weight,
 )
-from esparse_jax.sparse import Blob24, _ffi_cuda, compressed24_of, decompress24
+from esparse_jax.sparse import Blob24, _ffi_cuda, compressed24_of, decompress24, exportable
 
 DECODE, CHAIN = "esparse_decode24_cuda_v4", "esparse_chain24_cuda_v3"
 ATTEND = "esparse_attend_cuda_v2"
@@ -209,7 +210,7 @@ def test_greedy_text_is_the_masked_models():
             np.testing.assert_array_equal(ours, expected)
 
 
-def lowered_for_cuda(model, rows, *, slots=64) -> str:
+def lowered_step(model, rows, *, slots=64) -> str:
     """A step of `rows` rows of one token each."""
     graphdef, state = nnx.split(model)
     cache = init_cache(model.config, rows, slots, dtype=model.dtype)
@@ -217,10 +218,7 @@ def lowered_for_cuda(model, rows, *, slots=64) -> str:
     def step(state, ids, cache):
         return nnx.merge(graphdef, state)(ids, cache=cache)
 
-    names = (DECODE, CHAIN, ATTEND)
-    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
-    exported = jax.export.export(jax.jit(step), platforms=["cuda"], disabled_checks=checks)
-    return exported(state, jnp.zeros((rows, 1), jnp.int32), cache).mlir_module()
+    return lowered_for_cuda(step, state, jnp.zeros((rows, 1), jnp.int32), cache)
 
 
 @needs_build
@@ -231,7 +229,7 @@ def lowered_for_cuda(model, rows, *, slots=64) -> str:
 def test_a_step_is_one_chain_a_layer_on_cuda(rows, heads, gathers):
     """Gathers: of the embedding, after it for the first q/k/v, and of the attentions for o."""
     _, sparse = models("gqa", "float16", heads)
-    text = lowered_for_cuda(inference_model(sparse, form="device"), rows)
+    text = lowered_step(inference_model(sparse, form="device"), rows)
     assert (text.count(CHAIN), text.count(DECODE)) == (LAYERS, 1)
     assert text.count("prefetch = true") == LAYERS + 1
     assert text.count('"stablehlo.gather"(') == gathers
@@ -251,10 +249,9 @@ def test_a_step_is_one_chain_a_layer_on_cuda(rows, heads, gathers):
 def test_a_step_where_clusters_are_has_one_kernel_an_attention(monkeypatch, heads):
     """Which writes the order that o reads, so that nothing is gathered for it."""
     monkeypatch.setattr(_ffi_attention, "_runs", lambda: True)
-    monkeypatch.setattr(_ffi_attention, "records_calls", lambda: False)
     _, sparse = models("tied", "float16", heads)
     model = inference_model(sparse, form="device")
-    text = lowered_for_cuda(model, 3)
+    text = lowered_step(model, 3)
     assert text.count("has_places = true") == (LAYERS if heads == "free" else 0)
     assert text.count('"stablehlo.gather"(') == 2
     assert "stablehlo.scatter" not in text
@@ -266,10 +263,12 @@ def test_a_step_where_clusters_are_has_one_kernel_an_attention(monkeypatch, head
     graphdef, state = nnx.split(model)
     cache = init_cache(model.config, 3, 64, dtype=model.dtype)
     keys = jax.random.split(jax.random.key(0), CHUNK)
-    text = decode.trace(
-        graphdef, state, jnp.zeros(3, jnp.int32), cache, keys,
-        temperature=0.0, top_k=None, top_p=1.0,
-    ).lower(lowering_platforms=("cuda",)).as_text()  # fmt: skip
+    with exportable():
+        traced = decode.trace(
+            graphdef, state, jnp.zeros(3, jnp.int32), cache, keys,
+            temperature=0.0, top_k=None, top_p=1.0,
+        )  # fmt: skip
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(f"@{ATTEND}") == LAYERS
     assert text.count("prefetch = true") == 2 * LAYERS + 1
 
@@ -277,7 +276,7 @@ def test_a_step_where_clusters_are_has_one_kernel_an_attention(monkeypatch, head
 @needs_build
 def test_more_rows_take_the_same_weights_one_product_at_a_time():
     _, sparse = models("gqa", "float16", "free")
-    text = lowered_for_cuda(inference_model(sparse, form="device"), 17)
+    text = lowered_step(inference_model(sparse, form="device"), 17)
     assert CHAIN not in text
     assert DECODE not in text
 
@@ -334,7 +333,7 @@ def test_what_cannot_be_fused_is_left_out_layer_by_layer(name, caplog):
     for form in ("portable", "dense"):
         assert_same_logits(inference_model(sparse, form=form), masked, tokens(2, 11))
     if _ffi_cuda.decode_available():
-        text = lowered_for_cuda(ours, 1)
+        text = lowered_step(ours, 1)
         assert text.count(CHAIN) == chains
         # Linears that are no part of a chain, but have a device form, are products of their own.
         assert text.count(DECODE) >= calls

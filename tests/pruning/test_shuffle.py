@@ -9,6 +9,7 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowering import lowered_for_cuda
 
 from esparse_jax import native
 from esparse_jax.pruning import escape as escape_module
@@ -116,18 +117,12 @@ needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="JAX sees 
 @needs_cuda
 def test_max_sum_lowers_to_the_cuda_kernel():
     target = native.extension().CUDA_MAX_SUM_TARGET
-
-    def lowered(function, *arguments):
-        checks = [jax.export.DisabledSafetyCheck.custom_call(target)]
-        export = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)
-        return export(*arguments).mlir_module()
-
     left, right = jnp.zeros((2, 40, 5), jnp.int32), jnp.zeros((2, 40, 70), jnp.int32)
-    text = lowered(max_sum, left, right)
+    text = lowered_for_cuda(max_sum, left, right)
     assert text.count(target) == 1
     assert "(tensor<2x40x8xi32>, tensor<2x40x72xi32>) -> tensor<2x8x72xi32>" in text
     search = partial(channel_shuffle, pattern=PATTERN_24, method="strided", block_size=24)
-    assert target in lowered(search, jnp.ones((ROWS, 48)))
+    assert target in lowered_for_cuda(search, jnp.ones((ROWS, 48)))
 
 
 @needs_cuda

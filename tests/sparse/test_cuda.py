@@ -18,6 +18,7 @@ from decode_cases import (
     slow_product,
     variants,
 )
+from lowering import lowered_for_cuda
 
 from esparse_jax.sparse import (
     Blob24,
@@ -62,17 +63,11 @@ def _chain_operands(dtype, rows, *, shuffled, last, sizes=(128, 64, 256, 192)):
     return random_x(rows, features, dtype), random_x(rows, channels, dtype, seed=1), weights
 
 
-def _lowered_for_cuda(function, *arguments) -> str:
-    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (DECODE, CHAIN)]
-    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)
-    return exported(*arguments).mlir_module()
-
-
 @needs_build
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("rows", [1, 16])
 def test_few_rows_lower_to_the_decode_kernel(rows, dtype):
-    text = _lowered_for_cuda(
+    text = lowered_for_cuda(
         sparse_matmul, random_x(rows, 128, dtype), random_blob((64, 128), dtype)
     )
     assert text.count(DECODE) == 1
@@ -90,7 +85,7 @@ def no_library(monkeypatch):
 
 @needs_build
 def test_many_rows_lower_to_plain_jax(no_library):
-    text = _lowered_for_cuda(sparse_matmul, random_x(17, 64), random_blob((64, 64)))
+    text = lowered_for_cuda(sparse_matmul, random_x(17, 64), random_blob((64, 64)))
     assert DECODE not in text
     assert "dot_general" in text
 
@@ -99,14 +94,14 @@ def test_many_rows_lower_to_plain_jax(no_library):
 def test_leading_axes_and_vmap_become_rows_of_one_call():
     blob = random_blob((64, 64))
     x = random_x(12, 64).reshape(3, 2, 2, 64)
-    text = _lowered_for_cuda(jax.vmap(lambda x: sparse_matmul(x, blob)), x)
+    text = lowered_for_cuda(jax.vmap(lambda x: sparse_matmul(x, blob)), x)
     assert text.count(DECODE) == 1
     assert "tensor<12x64xf16>" in text
 
 
 @needs_build
 def test_an_mlp_lowers_to_one_call():
-    text = _lowered_for_cuda(
+    text = lowered_for_cuda(
         lambda *a: sparse_mlp(*a, epsilon=1e-5),
         random_x(4, 64),
         random_blob((256, 64)),
@@ -118,7 +113,7 @@ def test_an_mlp_lowers_to_one_call():
 
 @needs_build
 def test_a_permutation_takes_a_scratch_result():
-    text = _lowered_for_cuda(
+    text = lowered_for_cuda(
         lambda x, b, p: fused_matmul(x, b, permutation=p, norm_epsilon=1e-5),
         random_x(4, 64),
         random_blob((128, 64)),
@@ -130,7 +125,7 @@ def test_a_permutation_takes_a_scratch_result():
 
 @needs_build
 def test_places_take_a_second_result():
-    text = _lowered_for_cuda(
+    text = lowered_for_cuda(
         lambda x, b, p: fused_matmul(x, b, places=p),
         random_x(4, 64),
         random_blob((128, 64)),
@@ -145,7 +140,7 @@ def test_places_take_a_second_result():
 @pytest.mark.parametrize("last", [False, True])
 def test_a_chain_lowers_to_one_call(shuffled, last):
     attended, hidden, weights = _chain_operands(jnp.float16, 4, shuffled=shuffled, last=last)
-    text = _lowered_for_cuda(lambda *a: sparse_chain(*a, epsilon=1e-5), attended, hidden, weights)
+    text = lowered_for_cuda(lambda *a: sparse_chain(*a, epsilon=1e-5), attended, hidden, weights)
     assert text.count(CHAIN) == 1
     assert "dot_general" not in text
     assert "gather" not in text

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_cusparselt import assert_product, random_x, weight24
-from jax import export
 from jax.sharding import PartitionSpec as P
+from lowering import lowered_for_cuda
 
 from esparse_jax.sparse import (
     Algorithm,
@@ -314,19 +314,13 @@ def missing(no_gpu, monkeypatch):
     monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: "it is not installed.")
 
 
-def _lowered_for_cuda(function, *arguments) -> str:
-    checks = [export.DisabledSafetyCheck.custom_call(name) for name in (MATMUL, DECODE)]
-    exported = export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)
-    return exported(*arguments).mlir_module()
-
-
 @needs_extension
 @pytest.mark.parametrize("state", ["installed", "missing"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_it_is_exported_without_the_library_and_without_a_gpu(request, state, dtype):
     request.getfixturevalue(state)
     x, blob = random_x(17, 128, dtype=dtype), blob24(_packed(dtype=dtype))
-    text = _lowered_for_cuda(by_library, x, blob)
+    text = lowered_for_cuda(by_library, x, blob)
     assert text.count(f"@{MATMUL}") == 1
     short = {"float16": "f16", "bfloat16": "bf16"}[dtype]
     assert f"(tensor<24x128x{short}>, tensor<9216xui8>)" in text
@@ -340,7 +334,7 @@ def test_the_algorithm_is_in_the_computation(missing):
     algorithm = Algorithm(
         id=17, split_k=-1, split_k_mode=2, split_k_buffers=3, workspace_bytes=4096
     )
-    text = _lowered_for_cuda(
+    text = lowered_for_cuda(
         functools.partial(by_library, algorithm=algorithm), random_x(8, 128), blob24(_packed())
     )
     for attribute in ("algorithm = 17", "split_k = -1", "split_k_mode = 2", "split_k_buffers = 3"):
@@ -352,7 +346,7 @@ def test_the_algorithm_is_in_the_computation(missing):
 @needs_extension
 def test_rows_choose_between_kernel_and_library(installed, monkeypatch):
     blob = blob24(_packed())
-    assert _lowered_for_cuda(sparse_matmul, random_x(17, 128), blob).count(f"@{MATMUL}") == 1
+    assert lowered_for_cuda(sparse_matmul, random_x(17, 128), blob).count(f"@{MATMUL}") == 1
     for kernel, target in ((True, DECODE), (False, MATMUL)):
         monkeypatch.setattr(_ffi_cuda, "decode_available", lambda: kernel)  # noqa: B023
         monkeypatch.setattr(
@@ -361,7 +355,7 @@ def test_rows_choose_between_kernel_and_library(installed, monkeypatch):
             lambda x, data, out, **_: (jnp.zeros((16, out), x.dtype), None),
         )
         jax.clear_caches()
-        text = _lowered_for_cuda(sparse_matmul, random_x(16, 128), blob)
+        text = lowered_for_cuda(sparse_matmul, random_x(16, 128), blob)
         assert text.count(f"@{MATMUL}") == (target == MATMUL)
         assert "dot_general" not in text
 
@@ -372,7 +366,7 @@ def test_without_the_library_many_rows_lower_to_plain_jax(missing, monkeypatch, 
     matmul_file._log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for rows in (17, 18):
-            text = _lowered_for_cuda(sparse_matmul, random_x(rows, 128), blob24(_packed()))
+            text = lowered_for_cuda(sparse_matmul, random_x(rows, 128), blob24(_packed()))
             assert MATMUL not in text
             assert "dot_general" in text
     matmul_file._log_once.cache_clear()
@@ -393,7 +387,7 @@ def test_with_a_gpu_a_missing_library_is_an_error(missing, monkeypatch):
 @needs_extension
 def test_leading_axes_and_vmap_become_rows_of_one_call(installed):
     blob, x = blob24(_packed()), random_x(3, 2, 4, 128)
-    text = _lowered_for_cuda(jax.vmap(lambda x: by_library(x, blob)), x)
+    text = lowered_for_cuda(jax.vmap(lambda x: by_library(x, blob)), x)
     assert text.count(f"@{MATMUL}") == 1
     assert "(tensor<24x128xf16>, " in text
 
@@ -431,7 +425,7 @@ def test_it_cannot_be_lowered_for_another_platform(installed, made_by):
     blob = blob24(_packed())
     if made_by is not None:
         blob = LibraryBlob24(blob.data, blob.shape, blob.dtype, made_by)
-        text = _lowered_for_cuda(sparse_matmul, random_x(1, 128), blob)
+        text = lowered_for_cuda(sparse_matmul, random_x(1, 128), blob)
         assert "readers = dense<801080>" in text
     with pytest.raises(NotImplementedError, match="cpu"):
         jax.jit(by_library).trace(random_x(20, 128), blob).lower(lowering_platforms=("cpu",))

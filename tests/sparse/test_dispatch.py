@@ -8,7 +8,7 @@ import re
 import jax
 import pytest
 from fake_cusparselt import assert_product, random_x, weight24
-from jax import export
+from lowering import lowered_for_cuda
 
 from esparse_jax.sparse import (
     Algorithm,
@@ -86,11 +86,9 @@ def weight():
 
 def lowered(rows, tuned, shape=SHAPE, **options) -> str:
     blob = weight() if shape == SHAPE else blob24(compress24(weight24(shape, "float16")))
-    checks = [export.DisabledSafetyCheck.custom_call(name) for name in (MATMUL, DECODE)]
-    jitted = jax.jit(functools.partial(sparse_matmul, **options))
-    exported = export.export(jitted, platforms=["cuda"], disabled_checks=checks)
     with use_table(tuned):
-        return exported(random_x(rows, shape[1]), blob).mlir_module()
+        product = functools.partial(sparse_matmul, **options)
+        return lowered_for_cuda(product, random_x(rows, shape[1]), blob)
 
 
 def algorithm_of(text: str) -> int:
@@ -200,11 +198,8 @@ def test_more_than_sixteen_rows_are_decoded_only_where_that_was_measured():
 @needs_kernel
 def test_vmap_asks_with_all_its_rows():
     tuned = table(record(8, decode=5.0), record(64, decode=None, library=5.0, id=6))
-    checks = [export.DisabledSafetyCheck.custom_call(name) for name in (MATMUL, DECODE)]
-    function = jax.jit(jax.vmap(lambda x: sparse_matmul(x, weight())))
-    exported = export.export(function, platforms=["cuda"], disabled_checks=checks)
     with use_table(tuned):
-        text = exported(random_x(5, 8, 128)).mlir_module()
+        text = lowered_for_cuda(jax.vmap(lambda x: sparse_matmul(x, weight())), random_x(5, 8, 128))
     assert algorithm_of(text) == 6
 
 
@@ -279,9 +274,7 @@ def test_no_gpu_no_table(monkeypatch):
         raise AssertionError("there is no machine to read a table for")
 
     monkeypatch.setattr(table_file, "stored_table", read)
-    checks = [export.DisabledSafetyCheck.custom_call(MATMUL)]
-    exported = export.export(jax.jit(sparse_matmul), platforms=["cuda"], disabled_checks=checks)
-    assert algorithm_of(exported(random_x(64, 128), weight()).mlir_module()) == -1
+    assert algorithm_of(lowered_for_cuda(sparse_matmul, random_x(64, 128), weight())) == -1
 
 
 # ---- where there is one
@@ -308,10 +301,8 @@ def h200(monkeypatch, tmp_path):
 
 def lowered_here(rows, **options) -> str:
     """With the table of the machine."""
-    checks = [export.DisabledSafetyCheck.custom_call(name) for name in (MATMUL, DECODE)]
-    jitted = jax.jit(functools.partial(sparse_matmul, **options))
-    exported = export.export(jitted, platforms=["cuda"], disabled_checks=checks)
-    return exported(random_x(rows, SHAPE[1]), weight()).mlir_module()
+    product = functools.partial(sparse_matmul, **options)
+    return lowered_for_cuda(product, random_x(rows, SHAPE[1]), weight())
 
 
 @needs_kernel

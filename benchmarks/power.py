@@ -1,0 +1,213 @@
+"""The clock and the power of an NVIDIA GPU while a model decodes, beside the time of its steps.
+
+    pip install nvidia-ml-py
+    python benchmarks/power.py --shape llama-7b --batch 16 --context 128 --json power.json
+
+A kernel that reads memory as fast as it can, and multiplies meanwhile, may come to the power limit
+of the card: then the driver lowers the clock of the multiprocessors, and the same step takes
+longer, by more or less as the clock swings. A line for each repeat says the mean time of a step,
+the fastest and the slowest chunk of 16, the clock, the power, and what held the clock back. The
+forms do not take turns: each has the GPU for all of its repeats.
+"""
+
+import json
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from esparse_jax.inference.bench import (
+    BenchOptions,
+    bench_model,
+    dtype_of,
+    prompt_tokens,
+    versions,
+)
+from esparse_jax.inference.generate import (
+    CHUNK,
+    columns_of,
+    decode,
+    prefill,
+    slots_of,
+    split_once,
+)
+
+# NVML's clock event reasons, those that are no choice of the user's.
+REASONS = {
+    0x04: "power limit",
+    0x08: "hardware slowdown",
+    0x20: "temperature, by the driver",
+    0x40: "temperature, by the hardware",
+    0x80: "power brake",
+}
+_GREEDY = {"temperature": 0.0, "top_k": None, "top_p": 1.0}
+_WARM_UP = 2  # repeats that are not reported: the first one compiles
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to decode."""
+
+    shape: str = "llama-7b"
+    layers: int | None = None
+    """So many layers of the shape; all if not given."""
+    forms: tuple[Literal["sparse", "dense"], ...] = ("sparse", "dense")
+    batch: int = 16
+    context: int = 128
+    new_tokens: int = 128
+    repeats: int = 8
+    gpu: int = 0
+    """NVML's number of the GPU that JAX computes on."""
+    json: Path | None = None
+    """Also write the figures here."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One look at the GPU: when, MHz of the multiprocessors, watts, NVML's reasons."""
+
+    seconds: float
+    clock: int
+    watts: float
+    reasons: int
+
+
+class Sampler:
+    """Looks at the GPU every ten milliseconds, in a thread of its own, while it is open."""
+
+    def __init__(self, nvml: ModuleType, gpu: int):
+        self._nvml = nvml
+        nvml.nvmlInit()
+        self._handle = nvml.nvmlDeviceGetHandleByIndex(gpu)
+        self._samples: list[Sample] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Sampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._nvml.nvmlShutdown()
+
+    def look(self) -> Sample:
+        """One sample, now."""
+        nvml, handle = self._nvml, self._handle
+        return Sample(
+            time.perf_counter(),
+            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            nvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
+        )
+
+    def between(self, start: float, end: float) -> list[Sample]:
+        """What was seen; the nearest sample where the time was too short for one."""
+        samples = self._samples or [self.look()]
+        inside = [each for each in samples if start <= each.seconds <= end]
+        return inside or [min(samples, key=lambda each: abs(each.seconds - end))]
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.01):
+            self._samples.append(self.look())
+
+
+def summary(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Clock in MHz, power in watts, and by name what held the clock back at any time."""
+    clocks = [each.clock for each in samples]
+    seen = {bit for each in samples for bit in REASONS if each.reasons & bit}
+    return {
+        "clock": round(statistics.fmean(clocks)),
+        "least_clock": min(clocks),
+        "most_clock": max(clocks),
+        "watts": round(statistics.fmean(each.watts for each in samples)),
+        "held_back_by": [REASONS[bit] for bit in sorted(seen)],
+    }
+
+
+def measure(options: Options, form: str, sampler: Sampler) -> list[dict[str, Any]]:
+    """All repeats of one form; times are milliseconds a step."""
+    bench = BenchOptions(
+        shape=options.shape,
+        layers=options.layers,
+        batch=options.batch,
+        context=options.context,
+        new_tokens=options.new_tokens,
+    )
+    dtype = dtype_of(bench, on_cpu=jax.default_backend() == "cpu")
+    model = bench_model(bench, form, dtype)
+    tokens, lengths = columns_of(np.asarray(prompt_tokens(bench)).tolist(), model.config)
+    graphdef, state = split_once(model)
+    keys = jax.random.split(jax.random.key(0), CHUNK)
+    chunks = bench.steps // CHUNK
+    slots = slots_of(tokens.shape[1], chunks)
+    repeats = []
+    for repeat in range(options.repeats + _WARM_UP):
+        token, cache = prefill(
+            graphdef, state, tokens, lengths, keys[0], max_length=slots, **_GREEDY
+        )
+        jax.block_until_ready((token, cache))
+        marks, before = [time.perf_counter()], None
+        for _ in range(chunks):
+            token, cache, new = decode(graphdef, state, token, cache, keys, **_GREEDY)
+            if before is not None:  # the next chunk is queued: the GPU never waits for this
+                np.asarray(before)
+                marks.append(time.perf_counter())
+            before = new
+        np.asarray(before)
+        marks.append(time.perf_counter())
+        del cache, before, new
+        if repeat < _WARM_UP:
+            continue
+        times = [(b - a) / CHUNK * 1e3 for a, b in pairwise(marks)]
+        found = summary(sampler.between(marks[0], marks[-1]))
+        repeats.append({"step": statistics.fmean(times), "chunks": times} | found)
+        print(line(form, repeats[-1]), flush=True)
+    return repeats
+
+
+def line(form: str, repeat: dict[str, Any]) -> str:
+    """A repeat in words."""
+    held = ", ".join(repeat["held_back_by"]) or "nothing"
+    return (
+        f"{form:6s} {repeat['step']:.3f} ms a step ({min(repeat['chunks']):.3f} to "
+        f"{max(repeat['chunks']):.3f}), clock {repeat['clock']} MHz ({repeat['least_clock']} to "
+        f"{repeat['most_clock']}), {repeat['watts']} W, held back by {held}"
+    )
+
+
+def main(options: Options) -> None:
+    """Prints a line for each repeat, then the medians, and writes all of it as JSON."""
+    try:
+        import pynvml
+    except ImportError:
+        raise SystemExit(
+            "benchmarks/power.py asks NVML for the clock: pip install nvidia-ml-py."
+        ) from None
+    print(versions(), flush=True)
+    results = {}
+    with Sampler(pynvml, options.gpu) as sampler:
+        for form in options.forms:
+            results[form] = measure(options, form, sampler)
+    steps = {
+        form: statistics.median(each["step"] for each in found) for form, found in results.items()
+    }
+    for form, step in steps.items():
+        print(f"{form}: {step:.3f} ms a step, the median")
+    if options.json is not None:
+        report = {"versions": versions(), "options": asdict(options), "results": results}
+        options.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

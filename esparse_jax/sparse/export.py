@@ -1,0 +1,45 @@
+"""`jax.export` of computations that hold this package's products."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from esparse_jax import native
+
+from . import _ffi_cuda
+
+
+@contextlib.contextmanager
+def exportable() -> Iterator[list[jax.export.DisabledSafetyCheck]]:
+    """Inside, computations are traced so that `jax.export` takes them and other processes run
+    them::
+
+        with exportable() as checks:
+            exported = jax.export.export(jax.jit(step), disabled_checks=checks)(*arguments)
+
+    JAX exports a custom call only if it is told that the call's target stays what it is: these are
+    the checks, for all targets of this build. A target that is to be given something else gets
+    another name, so what an older version exported is refused, not computed wrongly. The process
+    that runs the computation calls `build()` first, which registers the targets there, and
+    `load_cusparselt()` where products of many rows run on a GPU.
+
+    From Hopper and jax 0.11 on, products and attentions of a decode step are otherwise traced into
+    calls that XLA records (`records_calls`), by targets that a process registers when it finds such
+    a GPU. So there JAX's caches are emptied on the way in and out: what was traced before is traced
+    anew.
+
+    Yields:
+        What `jax.export.export` takes as `disabled_checks`; empty where nothing is compiled.
+    """
+    extension = native.extension()
+    names = [] if extension is None else sorted(extension.registrations())
+    recorded = extension is not None and _ffi_cuda.records_calls()
+    if recorded:
+        jax.clear_caches()
+    try:
+        with _ffi_cuda.traced_calls():
+            yield [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+    finally:
+        if recorded:
+            jax.clear_caches()

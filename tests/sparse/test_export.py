@@ -1,0 +1,105 @@
+"""Computations that are exported: what they call, and that another process runs them."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_cases import random_blob, random_x
+
+from esparse_jax import native
+from esparse_jax.sparse import (
+    _ffi_cuda,
+    compress24,
+    compressed24_of,
+    exportable,
+    records_calls,
+    sparse_matmul,
+    sparse_matmul_reference,
+)
+
+_RUN = """
+import sys, jax, numpy as np
+from esparse_jax.sparse import build
+build()
+with open(sys.argv[1], "rb") as file:
+    exported = jax.export.deserialize(bytearray(file.read()))
+operands = np.load(sys.argv[2])
+np.save(sys.argv[3], exported.call(*operands.values()))
+"""
+
+needs_extension = pytest.mark.skipif(native.extension() is None, reason="there is no extension")
+
+
+@needs_extension
+def test_another_process_runs_what_was_exported(tmp_path):
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with it")
+    x = random_x(3, 64, jnp.float32)
+    weight = compress24(jnp.tile(jnp.asarray([1.5, 0.0, -2.0, 0.0], jnp.float32), (64, 16)))
+
+    def product(x, values, indices):
+        return sparse_matmul(x, type(weight)(values, indices, weight.shape))
+
+    with exportable() as checks:
+        exported = jax.export.export(jax.jit(product), platforms=["cpu"], disabled_checks=checks)(
+            x, weight.values, weight.indices
+        )
+    assert native.extension().PRODUCT24_CPU in exported.mlir_module()
+    files = [tmp_path / name for name in ("exported", "operands.npz", "result.npy")]
+    files[0].write_bytes(exported.serialize())
+    np.savez(files[1], x, weight.values, weight.indices)
+    path = {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [sys.executable, "-c", _RUN, *map(str, files)], check=True, env=os.environ | path
+    )
+    expected = sparse_matmul_reference(x, weight)
+    np.testing.assert_allclose(np.load(files[2]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """As on Hopper with jax 0.11: the name of the target that XLA records."""
+    target = None if native.extension() is None else native.extension().CUDA_RECORDED_TARGET
+    if target is None:
+        pytest.skip("the extension was built without code for Hopper")
+    monkeypatch.setattr(_ffi_cuda, "_can_record", lambda: True)
+    jax.clear_caches()
+    yield target
+    jax.clear_caches()
+
+
+def test_what_is_exported_is_traced_where_calls_are_recorded(recording):
+    blob, x = random_blob((64, 64)), random_x(2, 64)
+    jitted = jax.jit(sparse_matmul)
+
+    def lowered() -> str:
+        return jitted.trace(x, blob).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert recording in lowered()
+    with exportable() as checks:
+        exported = jax.export.export(jitted, platforms=["cuda"], disabled_checks=checks)(x, blob)
+    text = exported.mlir_module()
+    assert recording not in text
+    assert native.extension().CUDA_DECODE_TARGET in text
+    assert recording in lowered()
+
+
+def test_an_error_inside_leaves_things_as_they_were(recording):
+    context = exportable()
+    context.__enter__()
+    assert not _ffi_cuda.records_calls()
+    assert context.__exit__(RuntimeError, RuntimeError("inside"), None) is False
+    assert _ffi_cuda.records_calls()
+    assert records_calls() is bool(jax.default_backend() == "gpu")
+
+
+def test_without_an_extension_there_is_nothing_to_check(monkeypatch):
+    monkeypatch.setattr(native, "extension", lambda: None)
+    with exportable() as checks:
+        assert checks == []
+    weight = compressed24_of(random_blob((64, 64)))
+    with exportable():
+        jax.export.export(jax.jit(sparse_matmul), platforms=["cuda"])(random_x(2, 64), weight)
