@@ -27,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -166,13 +167,19 @@ class BenchOptions:
         """Raises what can be known to go wrong before anything is measured.
 
         Raises:
-            ValueError: Unknown forms, a model without them, or a context too long for it.
+            ValueError: Unknown forms, the form torch where torch is not installed, a model without
+                the forms, or a context too long for it.
             FileNotFoundError: No such model.
         """
         unknown = [form for form in forms if form not in FORMS]
         if unknown or not forms:
             raise ValueError(
                 f"forms must be some of {', '.join(FORMS)}; got {', '.join(unknown) or 'none'}."
+            )
+        if "torch" in forms and find_spec("torch") is None:
+            raise ValueError(
+                "The form torch needs torch, which is not installed. Install it (pip install "
+                '"esparse-jax[bench]"), or measure the other forms alone.'
             )
         if self.model is None:
             return

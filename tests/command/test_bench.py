@@ -47,6 +47,7 @@ def scripted(monkeypatch):
         return BenchResult(form, step=1e-3 * len(asked), first_token=1.0, notes=(f"slow {form}",))
 
     monkeypatch.setattr(bench, "_in_child", child)
+    monkeypatch.setattr(bench, "find_spec", lambda name: name)  # torch, here or not
     return asked
 
 
@@ -95,6 +96,18 @@ def test_what_cannot_be_measured_ends_in_one_line(scripted, capsys, tmp_path):
     assert scripted == []
     assert run("train", "--shape", "tiny") == 2
     assert run("decode", "--shape", "llama-9b") == 2
+
+
+@pytest.mark.parametrize("asked", [("--torch",), ("--forms", "sparse", "torch")])
+def test_torch_that_is_missing_is_said_in_one_line(scripted, monkeypatch, capsys, asked):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    assert run("decode", *SMALL, *asked) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("esparse: The form torch needs torch, which is not installed")
+    assert 'pip install "esparse-jax[bench]"' in shown.err
+    assert len(shown.err.splitlines()) == 1
+    assert scripted == []
 
 
 def test_every_shape_can_be_asked_for(scripted):

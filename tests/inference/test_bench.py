@@ -151,6 +151,7 @@ def test_a_form_that_fails_leaves_the_others_their_results(monkeypatch):
         return start((sys.executable, "-c", ends[form]), **options)
 
     monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench, "find_spec", lambda name: name)  # torch, here or not
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
     results = run_bench(BenchOptions(**SMALL), ("dense", "sparse", "plain", "torch"))
@@ -190,10 +191,12 @@ def test_options_that_cannot_be_measured_are_refused(options, message):
 
 def test_what_a_model_lacks_is_said_before_anything_runs(directories, monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", None)
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
     hf, small = directories
     for options, forms, message in (
         ({"shape": "tiny"}, (), "forms must be some of sparse, dense, plain, torch; got none"),
         ({"shape": "tiny"}, ("dense", "quick"), "got quick"),
+        ({"shape": "tiny"}, ("dense", "torch"), r'not installed.*"esparse-jax\[bench\]"'),
         ({"model": hf}, ("sparse",), "20 and 33 new tokens take 53"),
         ({"model": hf, "context": 9}, ("dense", "sparse"), "holds no compressed layer.*esparse"),
         ({"model": small, "stage": "prefill", "context": 65}, ("sparse",), "65 take 65 positions"),
