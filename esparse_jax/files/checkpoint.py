@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from esparse_jax.files.compressed import (
@@ -78,13 +79,13 @@ from esparse_jax.models.layers import (
 )
 from esparse_jax.models.llama import (
     DERIVED_TENSORS,
-    DTYPES,
     LAYERS_PATH,
     PARAMETER_NAMES,
     TIED_TENSORS,
     TRANSPOSED,
     LlamaConfig,
     LlamaForCausalLM,
+    dtype_name,
 )
 from esparse_jax.models.surgery import (
     get_linear,
@@ -103,7 +104,7 @@ _KINDS = {INDICES_SUFFIX: ("U8",), PERMUTATION_SUFFIX: ("I32",)}
 
 
 def load_model(
-    path: PathLike, *, dtype: str | None = None, check_finite: bool = True
+    path: PathLike, *, dtype: DTypeLike | None = None, check_finite: bool = True
 ) -> tuple[LlamaForCausalLM, Any]:
     """Reads a LLaMA and its tokenizer from a checkpoint directory.
 
@@ -113,8 +114,9 @@ def load_model(
 
     Args:
         path: Directory with `config.json` and safetensors, sharded or not, hf or compressed.
-        dtype: What to hold the parameters and to compute in. None: each parameter as it is stored,
-            computing in the dtype that `config.json` names (the embedding's if it names none).
+        dtype: What to hold the parameters and to compute in, a name or a dtype: "bfloat16",
+            `jnp.bfloat16`. None: each parameter as it is stored, computing in the dtype that
+            `config.json` names (the embedding's if it names none).
         check_finite: Look for NaN and Inf. The check reads what is read anyway.
 
     Returns:
@@ -128,6 +130,7 @@ def load_model(
             in one message).
         FloatingPointError: NaN or Inf among the weights; the tensors are named.
     """
+    dtype = dtype_name(dtype)
     with _opened(path, dtype) as (files, model, tokenizer):
         reader = _Reader(files, dtype, check_finite)
         reader.fill(model)
@@ -138,7 +141,7 @@ def load_model(
 def load_inference_model(
     path: PathLike,
     *,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     form: str | None = None,
     check_finite: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -163,6 +166,7 @@ def load_inference_model(
         ValueError: A directory that holds no compressed layer, an unknown form, or as `load_model`.
         FileNotFoundError, FloatingPointError: As `load_model`.
     """
+    dtype = dtype_name(dtype)
     if form != "dense" and not compressed_layers(require_directory(path)):
         raise ValueError(
             f"{path} holds no compressed layer. Compress it first (esparse compress {path} "
@@ -191,8 +195,6 @@ def _opened(
 ) -> Iterator[tuple[TensorFiles, LlamaForCausalLM, Any]]:
     """A directory's tensors, the model without arrays that they fit, and the tokenizer."""
     path = require_directory(path)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or None.")
     layers = compressed_layers(path)
     fields, config = read_config(path)
     tokenizer = load_tokenizer(path)

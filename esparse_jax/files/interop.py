@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from esparse_jax.files.checkpoint import restore_kept
-from esparse_jax.models.llama import DTYPES, LlamaConfig, LlamaForCausalLM
+from esparse_jax.models.llama import DTYPES, LlamaConfig, LlamaForCausalLM, dtype_name
 from esparse_jax.models.surgery import iter_linears
 
 # Last element of a state path -> last key in the pytree.
@@ -31,7 +32,7 @@ _HEAD = ("lm_head", "kernel")
 
 
 def model_from_flax_params(
-    params: Mapping[str, Any], config: LlamaConfig, *, dtype: str | None = None
+    params: Mapping[str, Any], config: LlamaConfig, *, dtype: DTypeLike | None = None
 ) -> LlamaForCausalLM:
     """A model with the parameters of transformers 4.x's `FlaxLlamaForCausalLM`.
 
@@ -42,14 +43,13 @@ def model_from_flax_params(
     Args:
         params: Nested dicts or a FrozenDict, of numpy or JAX arrays; also inside {"params": ...}.
         config: The model's configuration.
-        dtype: What to hold the parameters and to compute in; None: each as it is, computing in
-            the configuration's dtype.
+        dtype: What to hold the parameters and to compute in, a name or a dtype; None: each as it
+            is, computing in the configuration's dtype.
 
     Raises:
         ValueError: Names missing or unexpected, wrong shapes or dtypes; all in one message.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or None.")
+    dtype = dtype_name(dtype)
     leaves = dict(_leaves(_unwrapped(params)))
     if _HEAD in leaves:
         config = dataclasses.replace(config, tie_word_embeddings=False)

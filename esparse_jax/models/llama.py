@@ -132,6 +132,21 @@ _HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+def dtype_name(dtype: DTypeLike | None) -> str | None:
+    """The name, one of `DTYPES`, of whatever numpy takes for a dtype; None stays None.
+
+    Raises:
+        ValueError: No dtype, or one that models are not computed in.
+    """
+    try:
+        name = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in (None, *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or None.")
+    return name
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """How positions turn into angles, with everything that other fields imply filled in.

@@ -139,8 +139,16 @@ def test_dtype_converts_parameters_and_arithmetic(source, loaded):
     kernel = get_linear(model, DOWN).kernel.get_value()
     assert kernel.dtype == jnp.float32
     np.testing.assert_array_equal(kernel, get_linear(loaded[0], DOWN).kernel.get_value())
-    with pytest.raises(ValueError, match="dtype is 'int8'; it must be one of float32, bfloat16"):
-        load_model(source, dtype="int8")
+    for given, said in (("int8", "'int8'"), (float, "<class 'float'>"), ("half-ish", "'half-ish'")):
+        with pytest.raises(ValueError, match=f"dtype is {said}; it must be one of float32, bfloat"):
+            load_model(source, dtype=given)
+
+
+@pytest.mark.parametrize("given", [jnp.float16, np.float16, np.dtype("float16"), "f2"])
+def test_a_dtype_is_as_good_as_its_name(source, given):
+    model, _ = load_model(source, dtype=given)
+    assert (model.config.dtype, model.dtype) == ("float16", jnp.float16)
+    assert get_linear(model, DOWN).kernel.get_value().dtype == jnp.float16
 
 
 def test_without_a_dtype_in_the_configuration_the_embedding_decides(copy):

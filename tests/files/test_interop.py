@@ -78,7 +78,8 @@ def test_kept_weights_keep_their_bits_and_dtypes_when_the_model_is_narrower(para
         "model/layers/0/self_attn/q_proj/kernel",
         params["model"]["layers"]["0"]["self_attn"]["q_proj"]["kernel"].astype(ml_dtypes.bfloat16),
     )
-    model = model_from_flax_params(mixed, config, dtype="bfloat16")
+    model = model_from_flax_params(mixed, config, dtype=jnp.bfloat16)
+    assert model.config.dtype == "bfloat16"
     assert get_linear(model, DOWN).kernel.get_value().dtype == jnp.bfloat16
     linear = get_linear(model, DOWN)
     weight = linear.kernel.get_value().T

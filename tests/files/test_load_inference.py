@@ -36,7 +36,7 @@ def leaves(model):
 
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [("device", None), ("portable", "float32"), ("dense", "bfloat16"), (None, None)],
+    [("device", None), ("portable", "float32"), ("dense", jnp.bfloat16), (None, None)],
 )
 def test_it_is_the_inference_model_of_what_load_model_reads(directories, form, dtype):
     _, small = directories
