@@ -51,7 +51,7 @@ def default_form() -> str:
 
 
 def inference_model(
-    model: LlamaForCausalLM,
+    model: LlamaForCausalLM | InferenceModel,
     *,
     form: str | None = None,
     consume: bool = False,
@@ -74,23 +74,34 @@ def inference_model(
 
     Args:
         model: From `load_model` of a compressed directory, or `sparsify_model`; for "dense" any
-            model that is not observed.
+            model that is not observed. One that is an inference model already is returned as it is,
+            unless another form is asked for.
         form: "device" for NVIDIA GPUs: weights in their device form (anywhere else they are
             multiplied by plain JAX, right and slow). "portable": compressed weights as they are,
             for the CPU and for float32. "dense": the same structure with dense weights, the twin
-            that benchmarks compare with. None chooses for this machine.
+            that benchmarks compare with. None chooses for this machine, and takes the form that an
+            inference model has.
         consume: Take the layers out of the given model one by one, which is of no use afterwards:
             so no weight is held twice, unless something else holds its arrays. Without it both
             models live until the caller drops the given one.
         progress: Called with (layers done, layers in all).
 
     Raises:
-        ValueError: An unknown form, or a model without any compressed layer.
+        ValueError: An unknown form, an inference model of another form, or a model without any
+            compressed layer.
         TypeError: Layers that are observed.
 
     Source: E-Sparse, section 4.
     """
     builder = InferenceBuilder(model.config, dtype=model.dtype, form=form)
+    if isinstance(model, InferenceModel):
+        if form not in (None, model.form):
+            raise ValueError(
+                f"The model is an inference model of form {model.form!r} already, of which none of "
+                f"form {form!r} is made. Make that of what load_model or sparsify_model gave, or "
+                f"leave form out."
+            )
+        return model
     kinds = {type(linear) for _, linear in iter_linears(model)}
     if ObservedLinear in kinds:
         raise TypeError("The model has observed layers; take them out first, with unobserve.")
@@ -174,6 +185,7 @@ class InferenceBuilder:
             if self._config.tie_word_embeddings
             else _held_in(model.lm_head, self._dtype),
             dtype=self._dtype,
+            form=self._form,
         )
 
 

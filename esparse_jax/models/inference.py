@@ -212,6 +212,9 @@ class InferenceModel(CausalLM):
     request them before the computation before has ended, see `fused_matmul`'s `prefetch`. It is for
     one GPU: sharded weights or caches are gathered before every kernel. What is one kernel in a
     decode step has no derivative there.
+
+    Attributes:
+        form: One of `fusion.FORMS`, that of the weights.
     """
 
     def __init__(
@@ -223,9 +226,11 @@ class InferenceModel(CausalLM):
         norm: nnx.Module,
         lm_head: nnx.Linear | None,
         dtype: DTypeLike,
+        form: str,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.form = form
         self.model = _Inside(embed_tokens, layers, norm)
         if lm_head is not None:
             self.lm_head = lm_head

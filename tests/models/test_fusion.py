@@ -17,7 +17,12 @@ from esparse_jax import generate
 from esparse_jax.inference.generate import CHUNK, decode, prefill
 from esparse_jax.models import _ffi_attention
 from esparse_jax.models.cache import init_cache
-from esparse_jax.models.fusion import inference_model, order_of_values, with_dense_linears
+from esparse_jax.models.fusion import (
+    FORMS,
+    inference_model,
+    order_of_values,
+    with_dense_linears,
+)
 from esparse_jax.models.layers import CompressedWeight, DenseLinear, SparseLinear
 from esparse_jax.models.surgery import (
     get_linear,
@@ -443,6 +448,18 @@ def test_the_dense_twin_takes_any_model():
         np.testing.assert_array_equal(
             llama_cases.run(twin, ids), llama_cases.run(inference_model(masked, form="dense"), ids)
         )
+
+
+def test_an_inference_model_stays_what_it_is():
+    _, sparse = models("gqa", "float16", "free")
+    for form in FORMS:
+        ours = inference_model(sparse, form=form)
+        assert inference_model(ours, consume=True) is inference_model(ours, form=form) is ours
+        assert len(ours.model.layers[0].qkv) > 0
+    with pytest.raises(ValueError, match=r"of form 'dense' already, .* none of form 'portable'"):
+        inference_model(ours, form="portable")
+    with pytest.raises(ValueError, match="form is 'blob'"):
+        inference_model(ours, form="blob")
 
 
 def test_the_decode_loop_holds_no_weight_a_second_time():
