@@ -302,6 +302,7 @@ class Eval:
     """raw: the file as it is, no BOS. published: rows joined by a blank line, one BOS."""
     batch_size: int = 4
     dtype: Dtype = "auto"
+    """Of the computation; auto: the checkpoint's own on an accelerator, float32 on the CPU."""
     json: Path | None = None
 
     def run(self, console: Console) -> int:
@@ -344,6 +345,7 @@ class Generate:
     """Draw from the smallest set of likeliest tokens of this probability; after top-k."""
     seed: int = 0
     dtype: Dtype = "auto"
+    """Of the computation; auto: the checkpoint's own on an accelerator, float32 on the CPU."""
     json: Path | None = None
     """Also write prompts, texts and times here."""
 

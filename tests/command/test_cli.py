@@ -139,6 +139,13 @@ def test_verify_names_the_one_weight_that_was_put_back(pruned, tmp_path, capsys)
     assert f"group {violations[0]['group']}" in out
 
 
+@pytest.mark.parametrize("verb", ["prune", "eval", "generate"])
+def test_the_help_says_what_dtype_auto_is(verb, capsys):
+    assert run(verb, "--help") == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "auto: the checkpoint's own on an accelerator, float32 on the CPU." in said
+
+
 def test_eval_and_generate(pruned, text, tmp_path, capsys):
     arguments = ("--text", text, "--sequence-length", 16, "--json", tmp_path / "eval.json")
     assert run("eval", pruned / "out", *arguments) == 0
