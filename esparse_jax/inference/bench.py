@@ -600,6 +600,11 @@ def legend(options: BenchOptions, results: Sequence[BenchResult]) -> list[str]:
         f"bound ms: copying the bytes that a step reads. model GB: its arrays. peak GB: of the "
         f"process; *: while the model was made. logits: relative difference to that form's."
     ]
+    if any(result.error is None and result.device == "cpu" for result in results):
+        lines.append(
+            "bound ms, share and peak GB are empty on the CPU: neither the bandwidth of a copy nor "
+            "the memory taken is measured there."
+        )
     for result in results:
         if result.error is None:
             copy = "" if result.bandwidth is None else f", copies {result.bandwidth / 1e9:.0f} GB/s"

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 from tiny import tiny_checkpoint
 
@@ -26,6 +27,9 @@ def test_a_shape_is_measured_dense_and_sparse(tmp_path, capsys):
     assert lines[1] == bench.HEADER
     dense, sparse = (line.split() for line in lines[2:4])
     assert (dense[0], dense[3], sparse[0]) == ("dense", "1.00", "sparse")
+    if jax.default_backend() == "cpu":
+        assert (dense[5], dense[6], dense[8]) == ("-", "-", "-")
+        assert any("are empty on the CPU" in line for line in lines[4:])
     written = json.loads(file.read_text())
     assert [row["form"] for row in written["results"]] == ["dense", "sparse"]
     assert all(row["error"] is None for row in written["results"])

@@ -248,6 +248,9 @@ def test_lines_show_ratios_shares_and_whose_peak_it_is():
     assert bench.line(options, failed, dense) == "plain   failed: out of memory"
     assert len(bench.line(options, sparse, dense)) == len(bench.HEADER)
     assert "sparse: slow" in bench.legend(options, [dense, sparse, failed])
+    assert "empty on the CPU" not in " ".join(bench.legend(options, [dense, sparse, failed]))
+    on_cpu = dataclasses.replace(dense, device="cpu")
+    assert "empty on the CPU" in " ".join(bench.legend(options, [dense, on_cpu]))
     values = json.loads(json.dumps(bench.as_dict(options, [dense, sparse, failed])))
     assert values["options"]["steps"] == 128
     assert values["logits_apart"] == {"sparse to dense": pytest.approx(0.1)}
