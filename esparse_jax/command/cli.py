@@ -31,6 +31,7 @@ from esparse_jax.files import (
     read_text_tokens,
     save_model,
     verify_checkpoint,
+    window_length,
     write_json,
 )
 from esparse_jax.inference import TextStream, TokenRate, bench, generate, perplexity
@@ -297,7 +298,8 @@ class Eval:
     text: Path
     """A text file, or token windows (.npy, .npz)."""
     sequence_length: int | None = None
-    """Tokens a window; the least of 2048 and the model's context if not given."""
+    """Tokens a window; if not given, those of a window in the file, for a text 2048, and never more
+    than the model's context."""
     protocol: Literal["raw", "published"] = "raw"
     """raw: the file as it is, no BOS. published: rows joined by a blank line, one BOS."""
     batch_size: int = 4
@@ -307,10 +309,18 @@ class Eval:
 
     def run(self, console: Console) -> int:
         model, tokenizer = load_to_run(self.model, self.dtype)
-        length = self.sequence_length or min(2048, model.config.max_position_embeddings)
         tokens = read_text_tokens(
             self.text, tokenizer, protocol=self.protocol, vocab_size=model.config.vocab_size
         )
+        stored = window_length(self.text)
+        length = self.sequence_length or min(stored or 2048, model.config.max_position_embeddings)
+        if stored is not None and length > stored:
+            Console(stderr=True, soft_wrap=True).print(
+                f"{self.text} holds windows of {stored} tokens; those of {length} join pieces of "
+                f"several. Leave --sequence-length out to take them as they are.",
+                markup=False,
+                highlight=False,
+            )
         shown, update = bar("evaluating")
         with shown:
             result = perplexity(

@@ -13,6 +13,7 @@ from esparse_jax.files.data import (
     evaluation_windows,
     read_prompts,
     read_text_tokens,
+    window_length,
 )
 from esparse_jax.files.directory import (
     check_output,
@@ -44,5 +45,6 @@ __all__ = [
     "read_text_tokens",
     "save_model",
     "verify_checkpoint",
+    "window_length",
     "write_json",
 ]

@@ -146,6 +146,19 @@ def read_text_tokens(
     return tokens.astype(np.int32)
 
 
+def window_length(path: PathLike) -> int | None:
+    """How many tokens the windows of a file have; None for a text or one stream of tokens.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: As `read_text_tokens`.
+    """
+    path = _file(path)
+    if path.suffix.lower() not in _ARRAYS:
+        return None
+    array = _read_array(path, ranks=(1, 2))
+    return array.shape[1] if array.ndim == 2 else None
+
+
 def evaluation_windows(
     tokens: Integer[np.ndarray, " token"], sequence_length: int
 ) -> Int[np.ndarray, "sample seq"]:

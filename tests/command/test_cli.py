@@ -139,6 +139,26 @@ def test_verify_names_the_one_weight_that_was_put_back(pruned, tmp_path, capsys)
     assert f"group {violations[0]['group']}" in out
 
 
+def test_eval_takes_stored_windows_as_they_are(checkpoint, tmp_path, capsys):
+    rows = np.arange(480, dtype=np.int32).reshape(20, 24) % 7
+    file = tmp_path / "eval.json"
+    context = json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"]
+    long = rows.reshape(1, -1).repeat(2, axis=0)
+    for windows, given, expected in (
+        (rows, (), 24),
+        (rows, ("--sequence-length", 12), 12),
+        (rows, ("--sequence-length", 48), 48),
+        (rows.ravel(), (), context),
+        (long, (), context),
+    ):
+        np.save(tmp_path / "windows.npy", windows)
+        arguments = ("--text", tmp_path / "windows.npy", "--json", file, *given)
+        assert run("eval", checkpoint, *arguments) == 0
+        assert json.loads(file.read_text())["sequence_length"] == expected
+        said = "holds windows of 24 tokens; those of 48 join pieces of several"
+        assert (said in capsys.readouterr().err) == (expected == 48)
+
+
 @pytest.mark.parametrize("verb", ["prune", "eval", "generate"])
 def test_the_help_says_what_dtype_auto_is(verb, capsys):
     assert run(verb, "--help") == 0

@@ -11,6 +11,7 @@ from esparse_jax.files import (
     load_tokenizer,
     read_prompts,
     read_text_tokens,
+    window_length,
 )
 
 WINDOWS = np.arange(60, dtype=np.uint16).reshape(6, 10)
@@ -244,6 +245,16 @@ def test_evaluation_windows_are_consecutive_and_drop_the_remainder(tmp_path):
         evaluation_windows(tokens, 61)
     with pytest.raises(ValueError, match="sequence_length is 1; a window needs at least 2"):
         evaluation_windows(tokens, 1)
+
+
+def test_stored_windows_say_how_long_they_are(tmp_path, document):
+    np.save(tmp_path / "rows.npy", WINDOWS)
+    np.savez(tmp_path / "stream.npz", WINDOWS.ravel())
+    assert window_length(tmp_path / "rows.npy") == 10
+    assert window_length(tmp_path / "stream.npz") is None
+    assert window_length(document) is None
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        window_length(tmp_path / "absent.npy")
 
 
 def test_prompts_are_the_lines_that_are_not_blank(tmp_path):
