@@ -70,6 +70,20 @@ class Options:
     json: Path | None = None
     """Also write the figures here."""
 
+    def bench(self) -> BenchOptions:
+        """The same as `esparse bench` has it; it refuses what there is not."""
+        try:
+            return BenchOptions(
+                shape=self.shape,
+                layers=self.layers,
+                batch=self.batch,
+                context=self.context,
+                new_tokens=self.new_tokens,
+                repeats=self.repeats,
+            )
+        except ValueError as error:
+            raise SystemExit(f"benchmarks/power.py: {error}") from None
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -135,15 +149,10 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def measure(options: Options, form: str, sampler: Sampler) -> list[dict[str, Any]]:
+def measure(
+    options: Options, bench: BenchOptions, form: str, sampler: Sampler
+) -> list[dict[str, Any]]:
     """All repeats of one form; times are milliseconds a step."""
-    bench = BenchOptions(
-        shape=options.shape,
-        layers=options.layers,
-        batch=options.batch,
-        context=options.context,
-        new_tokens=options.new_tokens,
-    )
     dtype = dtype_of(bench, on_cpu=jax.default_backend() == "cpu")
     model = bench_model(bench, form, dtype)
     tokens, lengths = columns_of(np.asarray(prompt_tokens(bench)).tolist(), model.config)
@@ -194,11 +203,16 @@ def main(options: Options) -> None:
         raise SystemExit(
             "benchmarks/power.py asks NVML for the clock: pip install nvidia-ml-py."
         ) from None
+    bench = options.bench()
+    try:
+        sampler = Sampler(pynvml, options.gpu)
+    except pynvml.NVMLError as error:
+        raise SystemExit(
+            f"benchmarks/power.py looks at an NVIDIA GPU, number {options.gpu} of NVML's: {error}."
+        ) from None
     print(versions(), flush=True)
-    results = {}
-    with Sampler(pynvml, options.gpu) as sampler:
-        for form in options.forms:
-            results[form] = measure(options, form, sampler)
+    with sampler:
+        results = {form: measure(options, bench, form, sampler) for form in options.forms}
     steps = {
         form: statistics.median(each["step"] for each in found) for form, found in results.items()
     }

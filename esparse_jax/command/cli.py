@@ -193,7 +193,9 @@ class Prune:
                 highlight=False,
             )
         model, tokenizer = load_model(self.model, dtype=compute_dtype(self.dtype))
-        length = self.sequence_length or min(2048, model.config.max_position_embeddings)
+        length = self.sequence_length
+        if length is None:
+            length = min(2048, model.config.max_position_embeddings)
         windows = calibration_windows(
             self.calibration,
             tokenizer,
@@ -313,7 +315,9 @@ class Eval:
             self.text, tokenizer, protocol=self.protocol, vocab_size=model.config.vocab_size
         )
         stored = window_length(self.text)
-        length = self.sequence_length or min(stored or 2048, model.config.max_position_embeddings)
+        length = self.sequence_length
+        if length is None:
+            length = min(stored or 2048, model.config.max_position_embeddings)
         if stored is not None and length > stored:
             Console(stderr=True, soft_wrap=True).print(
                 f"{self.text} holds windows of {stored} tokens; those of {length} join pieces of "

@@ -1,13 +1,20 @@
 """`jax.export` of computations that hold this package's products."""
 
 import contextlib
+import dataclasses
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import jax.export
+import jax.numpy as jnp
 
 from esparse_jax import native
 
 from . import _ffi_cuda
+from .blob import Blob24, LibraryBlob24
+from .compress import Compressed24
 
 
 @contextlib.contextmanager
@@ -20,8 +27,9 @@ def exportable() -> Iterator[list[jax.export.DisabledSafetyCheck]]:
 
     JAX exports a custom call only if it is told that the call's target stays what it is: these are
     the checks, for all targets of this build. A target that is to be given something else gets
-    another name, so what an older version exported is refused, not computed wrongly. The process
-    that runs the computation calls `build()` first, which registers the targets there, and
+    another name, so what an older version exported is refused, not computed wrongly. Compressed
+    weights may be arguments. To serialise what is exported, JAX needs flatbuffers installed. The
+    process that runs it calls `build()` first, which registers the targets there, and
     `load_cusparselt()` where products of many rows run on a GPU.
 
     From Hopper and jax 0.11 on, products and attentions of a decode step are otherwise traced into
@@ -43,3 +51,32 @@ def exportable() -> Iterator[list[jax.export.DisabledSafetyCheck]]:
     finally:
         if recorded:
             jax.clear_caches()
+
+
+def _serialisable(weight: type) -> None:
+    """Lets a weight be among the arguments and results of what is serialised."""
+    static = [field.name for field in dataclasses.fields(weight) if field.metadata.get("static")]
+
+    def to_bytes(values: Any) -> bytes:
+        plain = (
+            value.name if name == "dtype" else value
+            for name, value in zip(static, values, strict=True)
+        )
+        return json.dumps(dict(zip(static, plain, strict=True))).encode()
+
+    def from_bytes(data: bytes | bytearray) -> tuple[Any, ...]:
+        found = json.loads(bytes(data))
+        return tuple(
+            jnp.dtype(found[name]) if name == "dtype" else tuple(found[name]) for name in static
+        )
+
+    jax.export.register_pytree_node_serialization(
+        weight,
+        serialized_name=f"esparse_jax.sparse.{weight.__name__}",
+        serialize_auxdata=to_bytes,
+        deserialize_auxdata=from_bytes,
+    )
+
+
+for _weight in (Compressed24, Blob24, LibraryBlob24):
+    _serialisable(_weight)

@@ -27,7 +27,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -573,11 +573,11 @@ def choose_form(
     Raises:
         ValueError: `rows` is no range of numbers from 1.
     """
-    low, high = rows
-    if not 1 <= low <= high:
+    if not isinstance(rows, Sequence) or len(rows) != 2 or not 1 <= rows[0] <= rows[1]:
         raise ValueError(
             f"rows is the smallest and the largest number of rows of x, from 1; got {rows}."
         )
+    low, high = rows
     table = resolve_table(table_choice() if table is None else table)
     if table is None:
         return FormChoice("sparse", "there is no tuning table for this machine (esparse tune)")

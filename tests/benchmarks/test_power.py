@@ -20,6 +20,7 @@ def nvml(monkeypatch):
     """A card whose clock falls by 10 MHz at every look, held back by its power limit at 1900."""
     module = types.ModuleType("pynvml")
     module.NVML_CLOCK_SM, module.opened, module.clock = 1, 0, 2000
+    module.NVMLError = type("NVMLError", (Exception,), {})
 
     def opened(change):
         module.opened += change
@@ -76,6 +77,18 @@ def test_a_time_between_two_looks_has_the_nearest(power, nvml):
     sampler._samples = [power.Sample(float(at), 1000 + at, 1.0, 0) for at in range(4)]
     assert [each.clock for each in sampler.between(0.5, 2.5)] == [1001, 1002]
     assert [each.clock for each in sampler.between(2.6, 2.9)] == [1003]
+
+
+def test_what_cannot_be_measured_is_said_in_a_line(power, nvml):
+    with pytest.raises(SystemExit, match="batch is 0; it must be at least 1"):
+        power.main(power.Options(batch=0))
+
+    def missing():
+        raise nvml.NVMLError("NVML Shared Library Not Found")
+
+    nvml.nvmlInit = missing
+    with pytest.raises(SystemExit, match="an NVIDIA GPU, number 0 of NVML's: NVML Shared Library"):
+        power.main(power.Options(shape="tiny"))
 
 
 def test_without_nvml_it_says_what_to_install(power, monkeypatch):

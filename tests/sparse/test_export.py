@@ -1,5 +1,6 @@
 """Computations that are exported: what they call, and that another process runs them."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from decode_cases import random_blob, random_x
 
 from esparse_jax import native
 from esparse_jax.sparse import (
+    LibraryBlob24,
     _ffi_cuda,
     compress24,
     compressed24_of,
@@ -23,12 +25,13 @@ from esparse_jax.sparse import (
 
 _RUN = """
 import sys, jax, numpy as np
-from esparse_jax.sparse import build
+from esparse_jax.sparse import Compressed24, build
 build()
 with open(sys.argv[1], "rb") as file:
     exported = jax.export.deserialize(bytearray(file.read()))
-operands = np.load(sys.argv[2])
-np.save(sys.argv[3], exported.call(*operands.values()))
+given = np.load(sys.argv[2])
+weight = Compressed24(given["values"], given["indices"], (64, 64))
+np.save(sys.argv[3], exported.call(given["x"], weight))
 """
 
 needs_extension = pytest.mark.skipif(native.extension() is None, reason="there is no extension")
@@ -40,23 +43,37 @@ def test_another_process_runs_what_was_exported(tmp_path):
     x = random_x(3, 64, jnp.float32)
     weight = compress24(jnp.tile(jnp.asarray([1.5, 0.0, -2.0, 0.0], jnp.float32), (64, 16)))
 
-    def product(x, values, indices):
-        return sparse_matmul(x, type(weight)(values, indices, weight.shape))
-
     with exportable() as checks:
-        exported = jax.export.export(jax.jit(product), platforms=["cpu"], disabled_checks=checks)(
-            x, weight.values, weight.indices
-        )
+        exported = jax.export.export(
+            jax.jit(sparse_matmul), platforms=["cpu"], disabled_checks=checks
+        )(x, weight)
     assert native.extension().PRODUCT24_CPU in exported.mlir_module()
     files = [tmp_path / name for name in ("exported", "operands.npz", "result.npy")]
     files[0].write_bytes(exported.serialize())
-    np.savez(files[1], x, weight.values, weight.indices)
+    np.savez(files[1], x=x, values=weight.values, indices=weight.indices)
     path = {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
-    subprocess.run(
-        [sys.executable, "-c", _RUN, *map(str, files)], check=True, env=os.environ | path
-    )
+    # Not from the sources, which a folder that is searched before that path may hold.
+    command = [sys.executable, "-P", "-c", _RUN, *map(str, files)]
+    subprocess.run(command, check=True, env=os.environ | path)
     expected = sparse_matmul_reference(x, weight)
     np.testing.assert_allclose(np.load(files[2]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        random_blob((64, 128), jnp.bfloat16),
+        LibraryBlob24(jnp.zeros(64, jnp.uint8), (16, 48), jnp.dtype("float16"), (800, 90)),
+    ],
+    ids=lambda weight: type(weight).__name__,
+)
+def test_weights_of_any_form_are_arguments_of_what_is_serialised(weight):
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with it")
+    exported = jax.export.export(jax.jit(lambda weight: weight))(weight)
+    read = jax.export.deserialize(exported.serialize())
+    assert read.in_tree == exported.in_tree == jax.tree.structure(((weight,), {}))
+    again = read.call(weight)
+    assert dataclasses.replace(again, data=None) == dataclasses.replace(weight, data=None)
 
 
 @pytest.fixture
