@@ -1,6 +1,7 @@
 import importlib.metadata
 import io
 import json
+import runpy
 
 import numpy as np
 import pytest
@@ -405,6 +406,12 @@ def test_prompts_that_are_missing_or_too_many(pruned, tmp_path, capsys):
     assert "latin.txt is not UTF-8 text" in errors[4]
     assert errors[4].endswith("Convert it.")
     assert "top_k is 0" in errors[5]
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["esparse_jax", "--version"])
+    runpy.run_module("esparse_jax", run_name="__main__")
+    assert capsys.readouterr().out.startswith("esparse ")
 
 
 def test_the_version_is_that_of_the_package(capsys):
