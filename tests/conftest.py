@@ -1,6 +1,7 @@
 """Settings that every test runs under."""
 
 import importlib.resources
+import os
 
 import hypothesis
 import jax
@@ -13,6 +14,23 @@ hypothesis.settings.register_profile(
     "esparse", deadline=None, derandomize=True, database=None, max_examples=50
 )
 hypothesis.settings.load_profile("esparse")
+
+
+def pytest_configure(config):
+    """The suite is for the CPU, also where there is a GPU; `-m gpu` is for the GPU.
+
+    JAX_PLATFORMS decides otherwise.
+    """
+    for_gpu = "gpu" in config.option.markexpr.replace("not gpu", "")
+    if not for_gpu and "JAX_PLATFORMS" not in os.environ:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
+        jax.config.update("jax_platforms", "cpu")
+        return
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers share its memory
+    if jax.default_backend() == "gpu":
+        # Products of float32 in full, not of its first 10 bits: what the tolerances are made for.
+        jax.config.update("jax_default_matmul_precision", "highest")
+
 
 # Rooms whose tests drive whole models: nearly all their time is compilation, and what they check
 # does not depend on how well XLA optimises.

@@ -19,7 +19,8 @@ def measure_torch(options: BenchOptions) -> BenchResult:
     """Times transformers' model of the same shape with random weights, greedy, a static cache.
 
     On CUDA a decode step is compiled, with CUDA graphs (`mode="reduce-overhead"`), as transformers'
-    own `generate` does it; elsewhere it runs as it is.
+    own `generate` does it; elsewhere it runs as it is. Where JAX is told to do without CUDA
+    (JAX_PLATFORMS), torch does without it too.
 
     Raises:
         ModuleNotFoundError: torch or transformers is not installed.
@@ -27,9 +28,10 @@ def measure_torch(options: BenchOptions) -> BenchResult:
     import torch
     import transformers
 
+    allowed = jax.config.jax_platforms or "cuda"
+    cuda = torch.cuda.is_available() and ("cuda" in allowed or "gpu" in allowed)
     # JAX makes the tokens alone, and leaves the GPU's memory to torch.
     jax.config.update("jax_platforms", "cpu")
-    cuda = torch.cuda.is_available()
     config, dtype = options.config(), dtype_of(options, on_cpu=not cuda)
     settings = transformers.LlamaConfig(**config.to_dict())
     settings._attn_implementation = "sdpa"

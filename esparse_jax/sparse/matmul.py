@@ -366,7 +366,10 @@ def _nearest(choice: _Choice, rows: int) -> Algorithm | None:
     if choice.table is None or rows == 0:
         return None
     table = resolve_table(choice.table)
-    return None if table is None else table.nearest_algorithm(choice.shape, choice.dtype, rows)
+    found = None if table is None else table.nearest_algorithm(choice.shape, choice.dtype, rows)
+    if found is None and rows > _ffi_cuda.MAX_ROWS and choice.algorithm is None:
+        _log_untuned(choice.dtype.name)
+    return found
 
 
 def _ways(choice: _Choice, rows: int) -> list[Way]:
@@ -482,6 +485,20 @@ def _log_unpacked(rows: int) -> None:
         f"{few}, and cuSPARSELt, which takes any number, is not used ({reason}), so the weight is "
         f"unpacked at every call"
     )
+
+
+@functools.cache
+def _log_untuned(dtype: str) -> None:
+    """Says once for a dtype that the library chooses for itself."""
+    if this_machine() is not None and _ffi_cusparselt.opened_library() is not None:
+        _LOGGER.warning(
+            "no %s product of more than %d rows was measured on this GPU with this cuSPARSELt, "
+            "whose own choice of algorithm may be slower than a dense product: run `esparse tune "
+            "--dtype %s`, or load the model in a dtype that was measured.",
+            dtype,
+            _ffi_cuda.MAX_ROWS,
+            dtype,
+        )
 
 
 @functools.cache

@@ -26,6 +26,7 @@ def jitted_step(model):
     return jax.jit(step, donate_argnums=2), state, traces
 
 
+@pytest.mark.gpu
 def test_decoding_is_the_full_forward_pass():
     model = llama_cases.build(FIELDS)
     ids = jnp.asarray(llama_cases.tokens("gqa", LENGTH))

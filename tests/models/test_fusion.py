@@ -152,6 +152,7 @@ def tokens(rows, length, seed=0):
     return generator.integers(0, FIELDS["vocab_size"], size=(rows, length), dtype=np.int32)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("form", "heads"), [
     *(("device", heads) for heads in ("free", "within", "unlike", "natural")),
     ("portable", "free"), ("portable", "within"), ("dense", "within"),
@@ -166,6 +167,7 @@ def test_logits_are_those_of_the_masked_model(case, dtype, heads, form):
         assert_same_logits(ours, masked, tokens(rows, length))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads", ["free", "within"])
 def test_decoding_gives_the_logits_of_the_whole_sequence(heads):
     """A padded prompt of more than 16 rows, then steps of 3 rows: both paths, one cache."""
@@ -197,6 +199,7 @@ def test_decoding_gives_the_logits_of_the_whole_sequence(heads):
         assert relative(got[:, row], exact) < 1.5 * relative(plain, exact)
 
 
+@pytest.mark.gpu
 def test_greedy_text_is_the_masked_models():
     """200 tokens in float32, prompts of different lengths."""
     masked, sparse = models("gqa", "float32", "within")

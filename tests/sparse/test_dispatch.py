@@ -26,6 +26,7 @@ from esparse_jax.sparse import (
 )
 from esparse_jax.sparse import matmul as matmul_file
 from esparse_jax.sparse import table as table_file
+from esparse_jax.sparse.matmul import _log_untuned
 from esparse_jax.sparse.table import DecodeTime, LibraryTime
 
 MATMUL, DECODE = "esparse_cusparselt_matmul_cuda_v1", "esparse_decode24_cuda_v4"
@@ -340,6 +341,22 @@ def test_an_algorithm_that_the_library_refuses_is_left_to_it(h200, caplog):
     (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("esparse_jax")]
     assert "was the best in the tuning table for 64x128, or for the product nearest to it" in line
     assert "refuses it for 64 rows and chooses itself" in line
+
+
+def test_a_dtype_that_was_not_measured_is_said_once(h200, packaged, caplog, monkeypatch):
+    monkeypatch.setattr(matmul_file, "_log_untuned", functools.cache(_log_untuned.__wrapped__))
+    table_file.save_table(table(dataclasses.replace(record(64, library=5.0), dtype="bfloat16")))
+    with caplog.at_level(logging.WARNING):
+        lowered_here(16)
+        with use_table(None):
+            lowered_here(64)
+        lowered_here(64, algorithm=Algorithm(3))
+        assert not caplog.records
+        for rows in (64, 128):
+            assert algorithm_of(lowered_here(rows)) == -1
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert "no float16 product of more than 16 rows was measured on this GPU" in line
+    assert "`esparse tune --dtype float16`" in line
 
 
 def test_a_table_for_another_gpu_is_an_error(h200):
