@@ -42,6 +42,7 @@ import kernel_trace
 import tyro
 from kernel_trace import Kernel, Trace, added_times, markdown, short_name
 
+from esparse_jax.atomic import write_text
 from esparse_jax.sparse import (
     Algorithm,
     Blob24,
@@ -696,7 +697,7 @@ class Run:
     def write(self) -> None:
         if self.options.json is not None:
             report = self.report | {"checks": [asdict(check) for check in self.checks]}
-            self.options.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+            write_text(self.options.json, json.dumps(report, indent=1, default=str) + "\n")
 
 
 def run_all(run: Run) -> None:

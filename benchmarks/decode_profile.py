@@ -38,6 +38,7 @@ import tyro
 from flax import nnx
 from kernel_trace import Kernel, Placed, added_times, grid_text, markdown, short_name
 
+from esparse_jax.atomic import write_text
 from esparse_jax.inference.bench import (
     SHAPES,
     BenchOptions,
@@ -422,7 +423,7 @@ def show(options: Options, report: dict[str, Any]) -> None:
 def _write(options: Options, report: dict[str, Any]) -> None:
     if options.json is not None:
         plain = report | {"options": asdict(options)}
-        options.json.write_text(json.dumps(plain, indent=1, default=str) + "\n")
+        write_text(options.json, json.dumps(plain, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

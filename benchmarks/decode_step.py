@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from esparse_jax.atomic import write_text
 from esparse_jax.sparse import (
     Blob24,
     ChainWeights,
@@ -323,7 +324,7 @@ def main(options: Options) -> None:
             results += measure(form, dtype, bandwidth, options)
     if options.json is not None:
         report = {"machine": machine, "options": asdict(options), "results": results}
-        options.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        write_text(options.json, json.dumps(report, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

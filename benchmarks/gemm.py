@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from esparse_jax.atomic import write_text
 from esparse_jax.models import PUBLISHED_SHAPES
 from esparse_jax.sparse import (
     Algorithm,
@@ -412,7 +413,7 @@ def main(options: Options) -> None:
             rows = [asdict(row) | row.derived() for row in measured]
             report = {"machine": facts, "options": asdict(options), "rows": rows}
             report |= {"asked": asked, "summary": summary(measured)}
-            options.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+            write_text(options.json, json.dumps(report, indent=1, default=str) + "\n")
 
     with use_table(given) if given else contextlib.nullcontext():
         for line in lines_within(bandwidth, table, options, started):

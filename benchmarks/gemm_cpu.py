@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from esparse_jax.atomic import write_text
 from esparse_jax.sparse import _ffi as ffi
 from esparse_jax.sparse import compress24, decompress24, sparse_matmul
 
@@ -194,7 +195,7 @@ def main(options: Options) -> None:
                 results.append(_report(dtype_name, shape, rows, methods, figures, options))
                 del methods
     if options.json is not None:
-        options.json.write_text(json.dumps({**header, "results": results}, indent=1) + "\n")
+        write_text(options.json, json.dumps({**header, "results": results}, indent=1) + "\n")
 
 
 def _report(dtype, shape, rows, methods, figures, options) -> dict:

@@ -28,6 +28,7 @@ from typing import Any
 
 import tyro
 
+from esparse_jax.atomic import write_text
 from esparse_jax.inference.bench import SHAPES, BenchOptions, BenchResult, run_bench
 from esparse_jax.models import model_bytes
 
@@ -177,7 +178,7 @@ def main(options: Options) -> int:
 
     def write() -> None:
         if options.json is not None:
-            options.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+            write_text(options.json, json.dumps(report, indent=1, default=str) + "\n")
 
     work = f"{options.batch} rows of {options.context} tokens"
     print(f"Measured: {work} read, {options.bench('tiny').steps} generated", MEASURED, sep="\n")

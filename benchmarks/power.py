@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import tyro
 
+from esparse_jax.atomic import write_text
 from esparse_jax.inference.bench import (
     BenchOptions,
     bench_model,
@@ -220,7 +221,7 @@ def main(options: Options) -> None:
         print(f"{form}: {step:.3f} ms a step, the median")
     if options.json is not None:
         report = {"versions": versions(), "options": asdict(options), "results": results}
-        options.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        write_text(options.json, json.dumps(report, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from esparse_jax.atomic import write_text
 from esparse_jax.pruning import swap
 from esparse_jax.pruning.fixed_point import fixed_scores
 from esparse_jax.pruning.mask import NMPattern
@@ -329,7 +330,7 @@ def main(arguments: Arguments):
             report[part] = model(arguments, pattern)
         print(f"({part}: {time.perf_counter() - start:.0f} s)", flush=True)
         if arguments.json is not None:  # what there is is kept if a part fails
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_text(arguments.json, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

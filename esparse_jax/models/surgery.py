@@ -278,10 +278,16 @@ def sparsify_model(
         ValueError: Another pattern, or layers whose weights do not follow it in the order given;
             all of them are named. Or `rows` is no range.
         KeyError: A path at which the model has no linear layer.
+        TypeError: `permutations` is no mapping, or a layer is compressed already.
 
     Source: E-Sparse, section 4.
     """
     require_compressible(pattern)
+    if not isinstance(permutations, Mapping):
+        raise TypeError(
+            f"permutations maps the path of each pruned layer to its channel order, or to None for "
+            f"the natural one, as prune_model returns them; got {type(permutations).__name__}."
+        )
     meant = [path for path in permutations if not matches_path(path, skip)]
     for path in meant:
         if isinstance(get_linear(model, path), SparseLinear):
@@ -307,16 +313,18 @@ def sparsify_model(
         try:
             compressed = compress24(weight)
         except ValueError as error:
-            wrong.append(f"{path}: {error}")
+            wrong.append((path, str(error)))
             continue
         plain = linear.linear if isinstance(linear, MaskedLinear) else linear
         bias = None if plain.bias is None else plain.bias[...]
         replacements[path] = SparseLinear(compressed, permutation, bias, dtype=plain.dtype)
     if wrong:
+        others = [path for path, _ in wrong[1:]]
+        listed = f" The others: {', '.join(others)}." if others else ""
         raise ValueError(
             f"{len(wrong)} of {len(permutations)} layers cannot be compressed to {pattern}; give "
             f"the permutation that each was pruned with, or leave them dense with skip=.\n"
-            + "\n".join(wrong)
+            f"{': '.join(wrong[0])}{listed}"
         )
     return replace_linears(model, replacements)
 

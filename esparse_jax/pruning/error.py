@@ -34,7 +34,13 @@ class GramMatrix(NamedTuple):
 
 
 def init_gram(channels: int) -> GramMatrix:
-    """The Gram matrix of `channels` input channels before any activation was seen."""
+    """The Gram matrix of `channels` input channels before any activation was seen.
+
+    Raises:
+        ValueError: No number of channels.
+    """
+    if channels < 0:
+        raise ValueError(f"a layer has 0 or more input channels; got channels={channels}.")
     return GramMatrix(
         products=jnp.zeros((channels, channels), jnp.float32), tokens=jnp.zeros((), jnp.int32)
     )

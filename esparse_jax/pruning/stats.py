@@ -59,7 +59,13 @@ class ChannelStats(NamedTuple):
 
 
 def init_range(channels: int) -> ChannelRange:
-    """The range of `channels` input channels before any activation was seen."""
+    """The range of `channels` input channels before any activation was seen.
+
+    Raises:
+        ValueError: No number of channels.
+    """
+    if channels < 0:
+        raise ValueError(f"a layer has 0 or more input channels; got channels={channels}.")
     return ChannelRange(
         minimum=jnp.full(channels, jnp.inf, jnp.float32),
         maximum=jnp.full(channels, -jnp.inf, jnp.float32),

@@ -108,7 +108,7 @@ def _require_weight(weight: Array) -> None:
             f"channel a multiple of 4; got shape {tuple(weight.shape)}. Leave such a layer dense, "
             f"or pad its channels with zeros."
         )
-    if weight.dtype.itemsize not in _UINT_OF_SIZE:
+    if not jnp.issubdtype(weight.dtype, jnp.floating) or weight.dtype.itemsize not in _UINT_OF_SIZE:
         raise TypeError(
             f"a 2:4 weight is compressed from float16, bfloat16, float32 or float64; got "
             f"{weight.dtype}. Convert it first, weight.astype(jnp.bfloat16)."

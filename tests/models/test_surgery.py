@@ -1,5 +1,6 @@
 """Linears are found, watched, replaced and compressed by their checkpoint path."""
 
+import inspect
 import logging
 from functools import partial
 
@@ -293,8 +294,12 @@ def test_what_cannot_be_compressed_is_named(model):
     pruned, permutations = pruned_model(model, NMPattern(2, 4), shuffled=True)
     with pytest.raises(ValueError, match=r"4:8 has no compressed form.*2:4 and 1:4 fit"):
         sparsify_model(pruned, permutations, pattern=NMPattern(4, 8))
-    with pytest.raises(ValueError, match=r"(?s)14 of 14 layers.*layers.0.*layers.1.mlp.down_proj"):
+    with pytest.raises(
+        ValueError, match=r"(?s)14 of 14 layers.*layers.0.*others: .*layers.1.mlp.down_proj"
+    ):
         sparsify_model(pruned, dict.fromkeys(permutations))
+    with pytest.raises(TypeError, match=r"permutations maps the path .*; got NoneType"):
+        inspect.unwrap(sparsify_model)(pruned, None)  # the annotations refuse it first
     path = "model.layers.0.self_attn.o_proj"
     with pytest.raises(ValueError, match=f"permutation for {path} must hold each of 0..63 once"):
         sparsify_model(pruned, {path: np.zeros(64, np.int32)})

@@ -304,6 +304,8 @@ def test_other_channels():
         update_range(init_range(5), values)
     with pytest.raises(ValueError, match=r"of 5 input channels; .* have the shape \(3, 7\)"):
         update_stats(init_stats(init_range(5)), values)
+    with pytest.raises(ValueError, match="0 or more input channels; got channels=-1"):
+        init_range(-1)
     with pytest.raises(ValueError, match="one has 5, the other 7"):
         merge_range(init_range(5), init_range(7))
 
