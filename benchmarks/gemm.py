@@ -16,6 +16,7 @@ after the other.
   `tuned`: by the one that the tuning table has for this product.
 - `decode`: the decode kernel, up to 16 rows, the weights being arguments of the jit and said to be
   so (`prefetch`); `careful`: the same without `prefetch`.
+- `prefill`: the prefill kernel, by its own rule, from 17 rows on.
 - `dispatch`: `sparse_matmul(x, blob)`, as a model calls it, by that table.
 - `bound`: the bytes of compressed weight, x and y over the bandwidth of a large device copy in the
   same run; `share`, what of `dispatch` it is. With many rows it is arithmetic that binds.
@@ -57,7 +58,7 @@ from esparse_jax.sparse import (
     this_machine,
     use_table,
 )
-from esparse_jax.sparse._ffi_cuda import MAX_ROWS
+from esparse_jax.sparse._ffi_cuda import MAX_ROWS, prefill_runs
 from esparse_jax.sparse._timing import (
     Chain,
     chain_inputs,
@@ -77,7 +78,7 @@ except ImportError:
 if torch is not None and not torch.cuda.is_available():  # a build for the CPU
     torch = None
 
-COLUMNS = ("xla", "torch", "cuslt", "tuned", "decode", "careful", "dispatch")
+COLUMNS = ("xla", "torch", "cuslt", "tuned", "decode", "careful", "prefill", "dispatch")
 DENSE = ("xla", "torch")
 
 
@@ -318,6 +319,8 @@ def measure(
             # So many that the start of a graph does not count.
             long = min(256, math.ceil(2000 / estimate(rows, weights.shape)))
             return decode_chain(inputs(max(long, len(blobs))), blobs, column == "decode", options)
+        if column == "prefill" and rows > MAX_ROWS and prefill_runs(this_machine().capability):
+            return chained(partial(sparse_matmul, backend="prefill"), blobs)
         if column == "dispatch":
             return chained(sparse_matmul, blobs)
         return None
@@ -352,7 +355,7 @@ def summary(table: list[Row]) -> list[str]:
             if all(map(math.isfinite, ratios)):
                 mean = statistics.geometric_mean(ratios)
                 text += f", dense / dispatch {mean:.3f}, {min(ratios):.2f} to {max(ratios):.2f}"
-            for name in ("cuslt", "tuned", "decode", "careful"):
+            for name in ("cuslt", "tuned", "decode", "careful", "prefill"):
                 if all(name in row.times for row in rows):
                     mean = statistics.geometric_mean(
                         [row.times[name] / row.times["dispatch"] for row in rows]

@@ -3,11 +3,12 @@
     python benchmarks/sass.py [--cuobjdump FILE]
 
 For every architecture in the extension and every family of kernels (the product of a decode step,
-its attention, and the others): how many there are, how many of them multiply on the sparse tensor
-cores (HMMA.SP), how many instructions read or write local memory (spilled registers), and the most
-registers one takes. The attention needs clusters of blocks, so below sm_90 it is not looked at.
-Exit status 1 where a family is missing, where a decode kernel does not use the sparse tensor cores
-or where any kernel spills. cuobjdump is part of the CUDA toolkit.
+its attention, the product of prompts, and the others): how many there are, how many of them
+multiply on the sparse tensor cores (HMMA.SP, HGMMA.SP), how many instructions read or write local
+memory (spilled registers), and the most registers one takes. The attention needs clusters of
+blocks, so below sm_90 it is not looked at; the product of prompts is for sm_90a alone. Exit status
+1 where a family is missing, where a product does not use the sparse tensor cores or where any
+kernel spills. cuobjdump is part of the CUDA toolkit.
 """
 
 import collections
@@ -27,8 +28,9 @@ _ARCHITECTURE = re.compile(r"^(?:arch =|\s*code for) (sm_\w+)")
 _FUNCTION = re.compile(r"^\s*Function\s*:?\s+([^:\s]+)")
 _REGISTERS = re.compile(r"REG:(\d+)")
 _LOCAL = re.compile(r"\b(?:LDL|STL)\b")
-DECODE, ATTENTION, OTHER = "decode", "attention", "other"
-_PREFIXES = {"esparse_decode_": DECODE, "esparse_attend_": ATTENTION}
+_SPARSE = re.compile(r"\bHG?MMA\.SP\b")
+DECODE, ATTENTION, PREFILL, OTHER = "decode", "attention", "prefill", "other"
+_NAMES = {"esparse_decode_": DECODE, "esparse_attend_": ATTENTION, "PrefillKernel": PREFILL}
 _LEAST_OF_ATTENTION = 90
 
 
@@ -73,7 +75,7 @@ def read(cuobjdump: str, extension: Path) -> dict[str, dict[str, Kernel]]:
                 kernel = found[architecture][match[1]]
             elif match := _REGISTERS.search(line):
                 kernel.registers = int(match[1])
-            elif "HMMA.SP" in line:
+            elif _SPARSE.search(line):
                 kernel.sparse = True
             elif _LOCAL.search(line):
                 kernel.spills += 1
@@ -82,14 +84,14 @@ def read(cuobjdump: str, extension: Path) -> dict[str, dict[str, Kernel]]:
 
 def families(architecture: str, kernels: dict[str, Kernel]) -> dict[str, Family]:
     """What is judged of an architecture: the families it must have, and the others it has."""
-    members: dict[str, list[Kernel]] = {DECODE: [], ATTENTION: [], OTHER: []}
+    members: dict[str, list[Kernel]] = collections.defaultdict(list)
+    needed = {PREFILL} if architecture.endswith("a") else {DECODE, ATTENTION}
     for name, kernel in kernels.items():
-        of = (family for prefix, family in _PREFIXES.items() if name.startswith(prefix))
+        of = (family for part, family in _NAMES.items() if part in name)
         members[next(of, OTHER)].append(kernel)
     if int(re.sub(r"\D", "", architecture)) < _LEAST_OF_ATTENTION:
-        del members[ATTENTION]
-    if not members[OTHER]:
-        del members[OTHER]
+        needed.discard(ATTENTION)
+        members.pop(ATTENTION, None)
     return {
         family: Family(
             len(all_of),
@@ -97,7 +99,8 @@ def families(architecture: str, kernels: dict[str, Kernel]) -> dict[str, Family]
             sum(kernel.spills for kernel in all_of),
             max((kernel.registers for kernel in all_of), default=0),
         )
-        for family, all_of in members.items()
+        for family, all_of in ((family, members[family]) for family in (*_NAMES.values(), OTHER))
+        if all_of or family in needed
     }
 
 
@@ -121,7 +124,7 @@ def main(arguments: Arguments) -> int:
             raise SystemExit("The extension has no CUDA part (BUILD.md), so there is no code.")
         extension = Path(module.__file__)
     found = read(str(cuobjdump), extension)
-    print("| architecture | family | kernels | with HMMA.SP | spills | most registers |")
+    print("| architecture | family | kernels | sparse | spills | most registers |")
     print("|---|---|---|---|---|---|")
     good = bool(found)
     for architecture, kernels in sorted(found.items()):
@@ -131,7 +134,7 @@ def main(arguments: Arguments) -> int:
                 f"| {counts.spills} | {counts.registers} |"
             )
             good &= counts.kernels > 0 and counts.spills == 0
-            good &= family != DECODE or counts.sparse == counts.kernels
+            good &= family not in (DECODE, PREFILL) or counts.sparse == counts.kernels
     return 0 if good else 1
 
 

@@ -27,6 +27,7 @@ constexpr const char* kProductTarget = "esparse_product24_cpu_v1";
 constexpr const char* kExpandTarget = "esparse_expand24_cpu_v1";
 constexpr const char* kDecodeTarget = "esparse_decode24_cuda_v4";
 constexpr const char* kChainTarget = "esparse_chain24_cuda_v3";
+constexpr const char* kPrefillTarget = "esparse_prefill24_cuda_v1";
 constexpr const char* kAttendTarget = "esparse_attend_cuda_v2";
 constexpr const char* kMaxSumTarget = "esparse_max_sum_cuda_v1";
 constexpr const char* kRowNormTarget = "esparse_row_norm_cuda_v1";
@@ -75,6 +76,9 @@ py::dict Registrations() {
       py::make_tuple("CUDA", Stages({{"execute", cuda::DecodeAttention}}));
   registrations[kMaxSumTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::MaxSum32}}));
   registrations[kRowNormTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::RowNorm16}}));
+#endif
+#ifdef ESPARSE_HOPPER
+  registrations[kPrefillTarget] = py::make_tuple("CUDA", Stages({{"execute", cuda::Prefill24}}));
 #endif
   return registrations;
 }
@@ -126,6 +130,11 @@ PYBIND11_MODULE(_esparse_ffi, module) {
   module.attr("CUDA_ATTEND_TARGET") = kAttendTarget;
   module.attr("CUDA_MAX_SUM_TARGET") = kMaxSumTarget;
   module.attr("CUDA_ROW_NORM_TARGET") = kRowNormTarget;
+#ifdef ESPARSE_HOPPER
+  module.attr("CUDA_PREFILL_TARGET") = kPrefillTarget;
+#else
+  module.attr("CUDA_PREFILL_TARGET") = py::none();
+#endif
 #ifdef ESPARSE_CUBINS
   module.attr("CUDA_RECORDED_TARGET") = esparse::cuda::kRecordedTarget;
   module.attr("CUDA_RECORDED_ATTEND_TARGET") = esparse::cuda::kRecordedAttendTarget;

@@ -33,6 +33,10 @@ PLAN_VALUES = {
 PLAN_FIELDS = tuple(PLAN_VALUES)
 MOST_WARPS = 16  # of a multiprocessor
 
+# What a plan of the prefill kernel may be; see ffi/cuda/prefill.h.
+PREFILL_CAPABILITY = "9.0"  # whose instructions the prefill kernel is made of
+PREFILL_PLAN_VALUES = {"rows": (128, 256), "cluster": (1, 2, 4), "group": tuple(range(1, 65))}
+
 # What the decode kernel does around the product, by the numbers of ffi/cuda/decode_args.h.
 _NORM, _SWIGLU, _RESIDUAL, _PERMUTE, _SCATTER = 1, 2, 4, 8, 16
 
@@ -53,15 +57,30 @@ def _extension() -> ModuleType:
     return extension
 
 
+def prefill_available() -> bool:
+    """Whether this build of the extension holds the prefill kernel."""
+    extension = native.extension()
+    return extension is not None and extension.CUDA_PREFILL_TARGET is not None
+
+
+def _require_fields(plan: Mapping[str, int], allowed: Mapping[str, tuple[int, ...]]) -> None:
+    unknown = set(plan) - set(allowed)
+    if unknown:
+        raise ValueError(f"a plan has the fields {tuple(allowed)}; got {sorted(unknown)} as well.")
+    for field, value in plan.items():
+        if value not in allowed[field]:
+            listed = ", ".join(map(str, allowed[field]))
+            raise ValueError(f"{field} of a plan is {value}; it is one of {listed}, or left out.")
+
+
+def require_prefill_plan(plan: Mapping[str, int]) -> None:
+    """Refuses what is no plan of the prefill kernel, by ffi/cuda/prefill.h."""
+    _require_fields(plan, PREFILL_PLAN_VALUES)
+
+
 def require_plan(plan: Mapping[str, int]) -> None:
     """Refuses what is no plan of the decode kernel, by ffi/cuda/decode_plan.h."""
-    unknown = set(plan) - set(PLAN_FIELDS)
-    if unknown:
-        raise ValueError(f"a plan has the fields {PLAN_FIELDS}; got {sorted(unknown)} as well.")
-    for field, value in plan.items():
-        if value not in PLAN_VALUES[field]:
-            allowed = ", ".join(map(str, PLAN_VALUES[field]))
-            raise ValueError(f"{field} of a plan is {value}; it is one of {allowed}, or left out.")
+    _require_fields(plan, PLAN_VALUES)
     warps, blocks = plan.get("warps", 1), plan.get("blocks", 1)
     if warps * blocks > MOST_WARPS:
         raise ValueError(
@@ -90,12 +109,17 @@ _TRACED: ContextVar[bool] = ContextVar("esparse_jax_traced_calls", default=False
 
 @contextlib.contextmanager
 def traced_calls() -> Iterator[None]:
-    """Inside, no call is one that XLA records."""
+    """Inside, no call is one that XLA records, or that is for the GPU at hand alone."""
     token = _TRACED.set(True)
     try:
         yield
     finally:
         _TRACED.reset(token)
+
+
+def prefill_runs(capability: str | None) -> bool:
+    """Whether a computation that is lowered for such a GPU may hold the prefill kernel."""
+    return capability == PREFILL_CAPABILITY and prefill_available() and not _TRACED.get()
 
 
 def records_calls() -> bool:
@@ -201,6 +225,43 @@ def decode_in_pieces(
         for start in range(0, x.shape[0], MAX_ROWS)
     ]
     return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+
+
+def prefill(
+    x: Float[Array, "row channel"],
+    blob: UInt8[Array, " blob_byte"],
+    *,
+    out: int,
+    plan: Mapping[str, int] | None = None,
+) -> Float[Array, "row out"]:
+    """`x @ weight.T` by the prefill kernel, for any number of rows; compute capability 9.0 only.
+
+    Args:
+        blob: `Blob24.data` of a weight with `out` outputs.
+        plan: How the work is cut, where the kernel's own rule is not the best: the rows of x that a
+            block multiplies at a time, the blocks of a cluster, and how many tiles of rows are
+            walked together.
+
+    Raises:
+        RuntimeError: The extension was built without it.
+        ValueError: No such plan.
+    """
+    extension = _extension()
+    if extension.CUDA_PREFILL_TARGET is None:
+        raise RuntimeError(
+            "the prefill kernel is for compute capability 9.0, which this build of the extension "
+            "was not made for: CMAKE_CUDA_ARCHITECTURES must name 90 (see BUILD.md)."
+        )
+    result = _ffi.result_like(x, blob, (x.shape[0], out), x.dtype)
+    call = jax.ffi.ffi_call(extension.CUDA_PREFILL_TARGET, result)
+    return call(x, blob, plan=prefill_plan(plan))
+
+
+def prefill_plan(plan: Mapping[str, int] | None) -> np.ndarray:
+    """How the prefill kernel cuts its work; it chooses what is not named."""
+    plan = plan or {}
+    require_prefill_plan(plan)
+    return np.array([plan.get(field, 0) for field in PREFILL_PLAN_VALUES], np.int32)
 
 
 class Result(NamedTuple):

@@ -115,6 +115,8 @@ class Bench:
             "cusparselt": machine.cusparselt if machine else None,
             "jax": jax.__version__,
             "decode": isinstance(self._blob, Blob24) and _ffi_cuda.decode_available(),
+            "prefill": isinstance(self._blob, Blob24)
+            and _ffi_cuda.prefill_runs(machine and machine.capability),
             "algorithms": 0 if self._library is None else self._count_algorithms(),
             "split_k": self._split_k,
             "no_library": self._no_library,
@@ -157,8 +159,9 @@ class Bench:
             return {"microseconds": self._time_chain(_dense, self._dense_copies())}
         if kind == "pieces":
             return self._time_pieces()
-        if kind == "decode":
-            return self._time(functools.partial(self._decode, fields["plan"]), **effort)
+        if kind in ("decode", "prefill"):
+            launch = getattr(self, f"_{kind}")
+            return self._time(functools.partial(launch, fields["plan"]), **effort)
         try:
             if self._search is None:
                 self._search = self._search_of(rows)
@@ -202,23 +205,39 @@ class Bench:
     def _decode(
         self, plan: Mapping[str, int], y: Array, blobs: Array, *, launches: int, replays: int
     ) -> float:
-        x = self._operand
-        jax.block_until_ready(blobs)
         return _ffi_cuda._extension().decode_time(
-            rows=x.shape[0],
-            out=self._shape[0],
-            channels=self._shape[1],
-            dtype=self._dtype.name,
             plan=_ffi_cuda._plan(plan).tolist(),
             prefetch=False,
-            x=x.unsafe_buffer_pointer(),
-            blobs=blobs.unsafe_buffer_pointer(),
-            blob_bytes=blobs.shape[1],
-            copies=blobs.shape[0],
-            y=y.unsafe_buffer_pointer(),
             launches=launches,
             replays=replays,
+            **self._buffers(y, blobs),
         )
+
+    def _prefill(
+        self, plan: Mapping[str, int], y: Array, blobs: Array, *, launches: int, replays: int
+    ) -> float:
+        return _ffi_cuda._extension().prefill_time(
+            plan=_ffi_cuda.prefill_plan(plan).tolist(),
+            launches=launches,
+            replays=replays,
+            **self._buffers(y, blobs),
+        )
+
+    def _buffers(self, y: Array, blobs: Array) -> dict[str, Any]:
+        """What a timer of the extension is told of the operands."""
+        x = self._operand
+        jax.block_until_ready(blobs)
+        return {
+            "rows": x.shape[0],
+            "out": self._shape[0],
+            "channels": self._shape[1],
+            "dtype": self._dtype.name,
+            "x": x.unsafe_buffer_pointer(),
+            "blobs": blobs.unsafe_buffer_pointer(),
+            "blob_bytes": blobs.shape[1],
+            "copies": blobs.shape[0],
+            "y": y.unsafe_buffer_pointer(),
+        }
 
     def _by_library(
         self,

@@ -18,8 +18,8 @@ from .compress import Compressed24, decompress24
 from .machine import Machine, this_machine
 from .table import Record, TableChoice, TuningTable, Way, resolve_table, table_choice
 
-Backend = Literal["reference", "cpu", "decode", "cusparselt"]
-BACKENDS = ("reference", "cpu", "decode", "cusparselt")
+Backend = Literal["reference", "cpu", "decode", "prefill", "cusparselt"]
+BACKENDS = ("reference", "cpu", "decode", "prefill", "cusparselt")
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -47,12 +47,13 @@ def sparse_matmul(
 
     On NVIDIA GPUs a weight in its device form is multiplied in the way that was measured to be the
     fastest for this GPU, shape and number of rows (`esparse tune`; see `use_table`). Where nothing
-    was measured, up to 16 rows are multiplied by our decode kernel, and more by cuSPARSELt's own
-    choice of algorithm, where that library is installed and reads the form (`library_blob_agrees`).
-    Where it is not, and for a weight left as `Compressed24`, plain JAX unpacks the weight at every
-    call; one line is logged. A weight that the library compressed (`LibraryBlob24`) is multiplied
-    by it alone, with any number of rows. Where `x` holds Inf, cuSPARSELt 0.8.0 gives NaN for an
-    output that is -Inf; the decode kernel and plain JAX give -Inf.
+    was measured, up to 16 rows are multiplied by our decode kernel, and more by cuSPARSELt, where
+    that library is installed and reads the form (`library_blob_agrees`): by its best algorithm for
+    the nearest product that was measured, or else its own choice. Where it is not, and for a weight
+    left as `Compressed24`, plain JAX unpacks the weight at every call; one line is logged. A weight
+    that the library compressed (`LibraryBlob24`) is multiplied by it alone, with any number of
+    rows. Where `x` holds Inf, cuSPARSELt 0.8.0 gives NaN for an output that is -Inf; our kernels
+    and plain JAX give -Inf.
 
     Differentiable in `x` and in the kept values (not in a blob, which is bytes), through the dense
     weight: its transpose is not 2:4 along the axis that is summed there, so the backward pass is a
@@ -61,10 +62,10 @@ def sparse_matmul(
     Args:
         x: Activations in the order of channels the weight was compressed in, in its dtype.
         compressed: From `compress24`, or its device form from `device_blob24` or `blob24`.
-        backend: None chooses as above. "reference", "cpu", "decode" or "cusparselt" takes that one,
-            whatever was measured, or raises; a computation with "cpu", "decode" (NVIDIA GPUs, a
-            blob, 1 to 16 rows) or "cusparselt" (NVIDIA GPUs, a device form) cannot be lowered for
-            another platform.
+        backend: None chooses as above. "reference", "cpu", "decode", "prefill" or "cusparselt"
+            takes that one, whatever was measured, or raises; a computation with "cpu", "decode"
+            (NVIDIA GPUs, a blob, 1 to 16 rows), "prefill" (compute capability 9.0, a blob) or
+            "cusparselt" (NVIDIA GPUs, a device form) cannot be lowered for another platform.
         algorithm: Which of cuSPARSELt's algorithms is to be used, where it multiplies. None is the
             one that was measured to be the best, and with backend="cusparselt" the library's own
             choice.
@@ -82,8 +83,8 @@ def sparse_matmul(
         TypeError: `x` and the weight have different dtypes, or the backend reads another form of
             the weight.
         RuntimeError: backend="cpu" without the extension, "decode" without its CUDA part,
-            "cusparselt" without the library, or where it does not read the weight or refuses the
-            product.
+            "prefill" without that for Hopper, "cusparselt" without the library, or where it does
+            not read the weight or refuses the product.
 
     Source: E-Sparse, section 4 (the product of x with the pruned weight by sparse units).
     """
@@ -110,7 +111,7 @@ def sparse_matmul(
             ),
         )
         return y.reshape(*batch, compressed.shape[0])
-    if backend in ("decode", "cusparselt"):
+    if backend in ("decode", "prefill", "cusparselt"):
         raise TypeError(
             f"backend={backend!r} multiplies the device form of a weight; got a Compressed24. "
             f"Convert it once, when the model is loaded: device_blob24(compressed)."
@@ -280,7 +281,7 @@ def _batchable_blob(choice: _Choice):
 
     def unpacked(x, data):
         compressed = compressed24_of(Blob24(data, shape, dtype))
-        other = _batchable(None if backend == "decode" else backend)
+        other = _batchable(None if backend in ("decode", "prefill") else backend)
         return other(x, compressed.values, compressed.indices)
 
     def decode(x, data, plan=None, **default):
@@ -295,6 +296,11 @@ def _batchable_blob(choice: _Choice):
                 x, data, out=shape[0], prefetch=prefetch, plan=None if prefetch else plan
             )
 
+        return jax.lax.platform_dependent(x, data, cuda=call, **default)
+
+    def prefilled(x, data, plan=None, **default):
+        """By the prefill kernel, in the same way."""
+        call = functools.partial(_ffi_cuda.prefill, out=shape[0], plan=plan)
         return jax.lax.platform_dependent(x, data, cuda=call, **default)
 
     def library(x, data, readers, algorithm, **default):
@@ -314,6 +320,8 @@ def _batchable_blob(choice: _Choice):
         for way in _ways(choice, x.shape[0]):
             if way.kind == "decode":
                 return decode(x, data, way.plan, default=unpacked)
+            if way.kind == "prefill":
+                return prefilled(x, data, way.plan, default=unpacked)
             readers = blob24_readers() if _ffi_cusparselt.opened_library() else ()
             if readers:
                 taken = algorithm or _fitting(choice, way.algorithm, x.shape[0], readers)
@@ -332,6 +340,8 @@ def _batchable_blob(choice: _Choice):
             return library(x, data, readers, algorithm or _fitting(choice, best, rows, readers))
         if backend == "decode":
             return decode(x, data)
+        if backend == "prefill" and rows > 0:
+            return prefilled(x, data)
         if backend == "cusparselt":
             return library(x, data, _require_readers(), algorithm)
         if backend is None and rows > 0:
@@ -372,22 +382,36 @@ def _nearest(choice: _Choice, rows: int) -> Algorithm | None:
     return found
 
 
+def _prefill_runs(choice: _Choice) -> bool:
+    """Whether the prefill kernel is for the GPU that this is lowered for."""
+    machine = this_machine()
+    if machine is None and isinstance(choice.table, TuningTable):
+        machine = choice.table.machine
+    return _ffi_cuda.prefill_runs(machine and machine.capability)
+
+
 def _ways(choice: _Choice, rows: int) -> list[Way]:
     """How a `Blob24` may be multiplied: what was measured, the fastest first, then the usual, with
     the algorithm that was best for the nearest product.
 
-    A decode kernel that crashed, hung or computed wrong numbers is not among them. For more than
-    16 rows it is called for every 16 of them, but only where that was measured, and an algorithm
-    that is asked for decides for the library.
+    A decode kernel that crashed, hung or computed wrong numbers is not among them. The prefill
+    kernel, and for more than 16 rows the decode kernel, which is then called for every 16 of them,
+    are there only where they were measured, and an algorithm that is asked for decides for the
+    library.
     """
     record, few = _measured(choice, rows), rows <= _ffi_cuda.MAX_ROWS
     ways = [] if record is None else record.ways()
     if few and not (record is not None and "decode" in record.failed):
         ways.append(Way("decode", math.inf))
     ways.append(Way("cusparselt", math.inf, algorithm=_nearest(choice, rows)))
-    pieces = record is not None and rows <= record.rows and choice.algorithm is None
-    kernel = _ffi_cuda.decode_available() and (few or pieces)
-    return [way for way in ways if way.kind == "cusparselt" or kernel]
+    asked = choice.algorithm is not None
+    pieces = record is not None and rows <= record.rows and not asked
+    runs = {
+        "decode": _ffi_cuda.decode_available() and (few or pieces),
+        "prefill": _prefill_runs(choice) and not asked,
+        "cusparselt": True,
+    }
+    return [way for way in ways if runs[way.kind]]
 
 
 def _fitting(

@@ -12,9 +12,10 @@ asks it when a product is traced, `choose_form` when a model is loaded. It is ke
         "cusparselt": {"microseconds": 10.5, "id": 12, "split_k": 1, "workspace_bytes": 0},
         "failed": {"cusparselt, id 17, split_k 1": "no answer within 20 s"}}]}
 
-All times are microseconds a product. `dense`, `decode` and `cusparselt` are missing where there was
-none; `plan` where the kernel's own rule is as good; `failed` where nothing failed; `partial`, true
-where only some of cuSPARSELt's algorithms were tried, elsewhere.
+All times are microseconds a product. `dense`, `decode`, `prefill` (as `decode`, of that kernel) and
+`cusparselt` are missing where there was none; `plan` where the kernel's own rule is as good;
+`failed` where nothing failed; `partial`, true where only some of cuSPARSELt's algorithms were
+tried, elsewhere.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -51,8 +52,8 @@ PathLike = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeTime:
-    """The decode kernel: microseconds, and the plan where one beats the kernel's own rule."""
+class KernelTime:
+    """One of our kernels: microseconds, and the plan where one beats the kernel's own rule."""
 
     microseconds: float
     plan: Mapping[str, int] | None = None
@@ -67,9 +68,9 @@ class LibraryTime:
 
 
 class Way(NamedTuple):
-    """One way to compute a product; `plan` is the decode kernel's, `algorithm` cuSPARSELt's."""
+    """One way to compute a product; `plan` is of one of our kernels, `algorithm` cuSPARSELt's."""
 
-    kind: Literal["decode", "cusparselt"]
+    kind: Literal["decode", "prefill", "cusparselt"]
     microseconds: float
     plan: Mapping[str, int] | None = None
     algorithm: Algorithm | None = None
@@ -84,8 +85,9 @@ class Record:
         dtype: Of weight and x, "float16" or "bfloat16".
         rows: Of x, one of `BUCKETS`.
         dense: Microseconds of XLA's dot with the dense weight.
-        decode, cusparselt: The two ways from the device form; None where there is none, or where no
-            candidate came to right numbers. The library's is that of x padded to a multiple of 8.
+        decode, cusparselt, prefill: The ways from the device form; None where there is none, or
+            where no candidate came to right numbers. The library's is that of x padded to a
+            multiple of 8.
         failed: Candidates that crashed, hung or computed wrong numbers, and which of these.
         partial: Only some of the library's algorithms were tried, since that was asked for.
     """
@@ -95,10 +97,11 @@ class Record:
     dtype: str
     rows: int
     dense: float | None = None
-    decode: DecodeTime | None = None
+    decode: KernelTime | None = None
     cusparselt: LibraryTime | None = None
     failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     partial: bool = False
+    prefill: KernelTime | None = None
 
     @property
     def key(self) -> tuple[str, int, int, int]:
@@ -108,8 +111,9 @@ class Record:
     def ways(self) -> list[Way]:
         """From the device form, the fastest first."""
         found = []
-        if self.decode is not None:
-            found.append(Way("decode", self.decode.microseconds, plan=self.decode.plan))
+        for kind, kernel in (("decode", self.decode), ("prefill", self.prefill)):
+            if kernel is not None:
+                found.append(Way(kind, kernel.microseconds, plan=kernel.plan))
         if self.cusparselt is not None:
             library = self.cusparselt
             found.append(Way("cusparselt", library.microseconds, algorithm=library.algorithm))
@@ -296,10 +300,11 @@ def _record_to_json(record: Record) -> dict[str, Any]:
     }
     if record.dense is not None:
         fields["dense"] = record.dense
-    if record.decode is not None:
-        fields["decode"] = {"microseconds": record.decode.microseconds}
-        if record.decode.plan is not None:
-            fields["decode"]["plan"] = dict(record.decode.plan)
+    for name, kernel in (("decode", record.decode), ("prefill", record.prefill)):
+        if kernel is not None:
+            fields[name] = {"microseconds": kernel.microseconds}
+            if kernel.plan is not None:
+                fields[name]["plan"] = dict(kernel.plan)
     if record.cusparselt is not None:
         algorithm = dataclasses.asdict(record.cusparselt.algorithm)
         fields["cusparselt"] = {
@@ -356,7 +361,7 @@ def _record_from_json(fields: Any) -> Record:
     _require_fields(
         fields,
         ("out", "channels", "dtype", "rows"),
-        ("dense", "decode", "cusparselt", "failed", "partial"),
+        ("dense", "decode", "prefill", "cusparselt", "failed", "partial"),
     )
     for size in ("out", "channels"):
         _require_whole(fields[size], size)
@@ -379,25 +384,36 @@ def _record_from_json(fields: Any) -> Record:
         fields["dtype"],
         fields["rows"],
         dense,
-        _decode_from_json(fields["decode"]) if "decode" in fields else None,
+        _kernel_from_json(fields, "decode", _ffi_cuda.PLAN_VALUES, _ffi_cuda.require_plan),
         _library_from_json(fields["cusparselt"]) if "cusparselt" in fields else None,
         failed,
         partial,
+        _kernel_from_json(
+            fields, "prefill", _ffi_cuda.PREFILL_PLAN_VALUES, _ffi_cuda.require_prefill_plan
+        ),
     )
 
 
-def _decode_from_json(fields: Any) -> DecodeTime:
-    _require_type(fields, dict, "decode", "an object")
-    _require_fields(fields, ("microseconds",), ("plan",), "decode")
-    microseconds = _time_of(fields["microseconds"], "decode's microseconds")
+def _kernel_from_json(
+    record: Mapping[str, Any],
+    name: str,
+    plan_fields: Iterable[str],
+    require_plan: Callable[[Mapping[str, int]], None],
+) -> KernelTime | None:
+    if name not in record:
+        return None
+    fields = record[name]
+    _require_type(fields, dict, name, "an object")
+    _require_fields(fields, ("microseconds",), ("plan",), name)
+    microseconds = _time_of(fields["microseconds"], f"{name}'s microseconds")
     plan = fields.get("plan")
     if plan is not None:
         _require_type(plan, dict, "plan", "an object")
-        _require_fields(plan, (), tuple(_ffi_cuda.PLAN_VALUES), "plan")
+        _require_fields(plan, (), plan_fields, "plan")
         for field, value in plan.items():
             _require_whole(value, field)
-        _ffi_cuda.require_plan(plan)
-    return DecodeTime(microseconds, plan)
+        require_plan(plan)
+    return KernelTime(microseconds, plan)
 
 
 def _library_from_json(fields: Any) -> LibraryTime:

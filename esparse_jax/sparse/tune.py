@@ -1,10 +1,10 @@
 """The search for the best way to multiply by a 2:4 weight: step (2) of the paper's section 4.
 
-For each number of rows in `BUCKETS`: the decode kernel and its plans, every algorithm of cuSPARSELt
-with every way to split the sum, and the dense product. All are whole products, row-major x to
-row-major y, over more weights than a cache holds. First each candidate is timed once, coarsely,
-then the best few again, in turns. A candidate counts only after its numbers were compared with a
-dense product in float32.
+For each number of rows in `BUCKETS`: the decode kernel or the prefill kernel and its plans, every
+algorithm of cuSPARSELt with every way to split the sum, and the dense product. All are whole
+products, row-major x to row-major y, over more weights than a cache holds. First each candidate is
+timed once, coarsely, then the best few again, in turns. A candidate counts only after its numbers
+were compared with a dense product in float32.
 
 It is taken that no product becomes faster by more rows. So what an algorithm took for fewer rows
 bounds what it takes for more, and one whose bound is a tenth behind the best so far is not asked
@@ -41,7 +41,7 @@ from . import _ffi_cuda
 from ._ffi_cusparselt import ROW_UNIT, Algorithm, SplitKMode, why_not
 from ._timing import GRAPH_START
 from .machine import Machine
-from .table import BUCKETS, DecodeTime, LibraryTime, Record, TuningTable
+from .table import BUCKETS, KernelTime, LibraryTime, Record, TuningTable
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ class Limits:
         candidate: To check and time one candidate.
         dense: The same for a product that XLA compiles and autotunes.
         restarts: So many candidates of one shape and family may cost a child; then those of the
-            family that have not worked before are left out. Families are the decode kernel's plans,
-            cuSPARSELt's algorithms, and those with the sum split.
+            family that have not worked before are left out. Families are the plans of each of our
+            kernels, cuSPARSELt's algorithms, and those with the sum split.
     """
 
     start: float = 240.0
@@ -89,9 +89,9 @@ class Candidate(NamedTuple):
     """One way to compute a product.
 
     Attributes:
-        kind: "dense", "decode" (up to 16 rows), "pieces" (the decode kernel for every 16 rows) or
-            "cusparselt".
-        plan: Of the decode kernel; empty for its own rule.
+        kind: "dense", "decode" (up to 16 rows), "pieces" (the decode kernel for every 16 rows),
+            "prefill" (more than 16 rows) or "cusparselt".
+        plan: Of one of our kernels; empty for its own rule.
         algorithm: Of cuSPARSELt.
     """
 
@@ -118,7 +118,7 @@ class Candidate(NamedTuple):
 
     def request(self) -> dict[str, Any]:
         """What the child is told."""
-        if self.kind == "decode":
+        if self.kind in ("decode", "prefill"):
             return {"kind": self.kind, "plan": dict(self.plan)}
         return {"kind": self.kind, **self._choices()}
 
@@ -129,6 +129,12 @@ def decode_plans() -> list[dict[str, int]]:
     values = itertools.product(*(_ffi_cuda.PLAN_VALUES[field] for field in fields))
     plans = [dict(zip(fields, value, strict=True)) for value in values]
     return [plan for plan in plans if plan["warps"] * plan["blocks"] <= _ffi_cuda.MOST_WARPS]
+
+
+def prefill_plans() -> list[dict[str, int]]:
+    """Plans of the prefill kernel to choose from: 18."""
+    values = itertools.product((128, 256), (1, 2, 4), (4, 8, 16))
+    return [dict(zip(_ffi_cuda.PREFILL_PLAN_VALUES, value, strict=True)) for value in values]
 
 
 def library_algorithms(
@@ -355,12 +361,13 @@ class _Search:
     def _record(self, rows: int) -> Record:
         dense = self._time(rows, Candidate("dense"))
         decode = self._decode(rows)
+        prefill = self._kernel(rows, self._prefill_plans(rows))
         library = self._library(rows)
         failed = {str(candidate): reason for candidate, reason in self._failed.items()}
         failed = self._left_out | failed
         self._failed.pop(Candidate("dense"), None)  # which must not be without because of one
         return Record(
-            *self._shape, self._dtype, rows, dense, decode, library, failed, self._partial
+            *self._shape, self._dtype, rows, dense, decode, library, failed, self._partial, prefill
         )
 
     # ---- what is asked
@@ -371,6 +378,13 @@ class _Search:
             return []
         plans = [{}, *decode_plans()]
         return [Candidate("decode", plan=tuple(plan.items())) for plan in plans]
+
+    def _prefill_plans(self, rows: int) -> list[Candidate]:
+        """The prefill kernel's own rule and its plans."""
+        if not self._facts.get("prefill") or rows <= _ffi_cuda.MAX_ROWS:
+            return []
+        plans = [{}, *prefill_plans()]
+        return [Candidate("prefill", plan=tuple(plan.items())) for plan in plans]
 
     def _pieces(self, rows: int) -> list[Candidate]:
         """Two calls of the decode kernel; more never won."""
@@ -394,16 +408,20 @@ class _Search:
             yield Candidate("dense")
             yield from self._plans(rows)
             yield from self._pieces(rows)
+            yield from self._prefill_plans(rows)
         for _ in {_library_rows(rows) for rows in self._rows}:
             yield from self._algorithms()
 
     # ---- one number of rows
 
-    def _decode(self, rows: int) -> DecodeTime | None:
+    def _decode(self, rows: int) -> KernelTime | None:
         for candidate in self._pieces(rows):
             microseconds = self._time(rows, candidate)
-            return None if microseconds is None else DecodeTime(microseconds)
-        plans = self._plans(rows)
+            return None if microseconds is None else KernelTime(microseconds)
+        return self._kernel(rows, self._plans(rows))
+
+    def _kernel(self, rows: int, plans: list[Candidate]) -> KernelTime | None:
+        """The best of a kernel's own rule, which comes first, and its plans."""
         coarse = self._time_all(rows, plans)
         if not plans or plans[0] not in coarse:
             return None
@@ -417,8 +435,8 @@ class _Search:
         winner = min(final, key=lambda each: statistics.median(final[each]))
         microseconds = statistics.median(final[winner])
         if own - microseconds <= noise:
-            return DecodeTime(own)
-        return DecodeTime(microseconds, dict(winner.plan))
+            return KernelTime(own)
+        return KernelTime(microseconds, dict(winner.plan))
 
     def _library(self, rows: int) -> LibraryTime | None:
         rows = _library_rows(rows)
@@ -505,7 +523,7 @@ class _Search:
         if "failed" in answer:
             return self._fail(rows, candidate, answer["failed"])
         if "refused" in answer:
-            if candidate.kind == "dense" or candidate == Candidate("decode"):
+            if candidate in (Candidate("dense"), Candidate("decode"), Candidate("prefill")):
                 self._failed[candidate] = _reason(rows, answer["refused"])
             return None
         microseconds = round(float(answer["microseconds"]), 3)

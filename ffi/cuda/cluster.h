@@ -6,13 +6,14 @@
 
 namespace esparse::cuda {
 
-#if __CUDA_ARCH__ >= 900
-#define ESPARSE_CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
-
 __device__ __forceinline__ void SyncCluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 }
+
+#if __CUDA_ARCH__ >= 900
+#define ESPARSE_CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
+
 // What lies at this address of the shared memory of a block of the cluster.
 __device__ __forceinline__ float LoadOfBlock(int rank, uint32_t address) {
   float value;

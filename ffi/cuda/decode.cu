@@ -2,15 +2,10 @@
 
 #include "cuda/decode.h"
 #include "cuda/decode_args.h"
+#include "cuda/return_if_error.h"
 
 namespace esparse::cuda {
 namespace {
-
-#define ESPARSE_CUDA_RETURN_IF_ERROR(call)                    \
-  do {                                                        \
-    const cudaError_t esparse_status = (call);                \
-    if (esparse_status != cudaSuccess) return esparse_status; \
-  } while (false)
 
 struct Device {
   Multiprocessors multiprocessors;

@@ -11,6 +11,7 @@
 #include "cuda/decode.h"
 #include "cuda/decode_args.h"
 #include "cuda/errors.h"
+#include "cuda/product_checks.h"
 #include "status.h"
 #include "xla/ffi/api/ffi.h"
 #ifdef ESPARSE_CUBINS
@@ -21,62 +22,7 @@
 namespace esparse::cuda {
 namespace {
 
-ffi::Error CheckMatrix(const char* name, const ffi::AnyBuffer& buffer, int64_t rows,
-                       int64_t columns, ffi::DataType dtype) {
-  const auto dimensions = buffer.dimensions();
-  if (buffer.element_type() != dtype || dimensions.size() != 2 || dimensions[0] != rows ||
-      dimensions[1] != columns) {
-    return InvalidArgument("the 2:4 decode product needs ", name, " ", dtype, "[", rows, ", ",
-                           columns, "]; got ", Describe(buffer), ".");
-  }
-  return ffi::Error::Success();
-}
-
-ffi::Error CheckAligned(const char* name, const ffi::AnyBuffer& buffer) {
-  if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment != 0) {
-    return InvalidArgument("the 2:4 decode product reads ", kAlignment, " bytes at a time; ", name,
-                           " ", Describe(buffer), " starts at an address that is no multiple.");
-  }
-  return ffi::Error::Success();
-}
-
-ffi::Error CheckX(const ffi::AnyBuffer& x) {
-  const auto dimensions = x.dimensions();
-  if (dimensions.size() != 2 || (x.element_type() != ffi::F16 && x.element_type() != ffi::BF16)) {
-    return InvalidArgument("the 2:4 decode product takes x F16 or BF16 [row, channel]; got ",
-                           Describe(x), ". Flatten leading axes; cast x and the weight.");
-  }
-  if (dimensions[0] < 1 || dimensions[0] > kMaxRows) {
-    return InvalidArgument("the 2:4 decode product takes 1 to ", kMaxRows, " rows; got x ",
-                           Describe(x), ". More rows are another kernel's work.");
-  }
-  if (dimensions[1] < kShapeUnit || dimensions[1] % kShapeUnit != 0) {
-    return InvalidArgument("the 2:4 decode product needs channels that are a multiple of ",
-                           kShapeUnit, "; got x ", Describe(x), ". Leave such a layer dense.");
-  }
-  return CheckAligned("x", x);
-}
-
-ffi::Error CheckBlob(const char* name, const ffi::AnyBuffer& blob, int64_t out, int64_t channels) {
-  constexpr int64_t kMostElements = int64_t{1} << 31;  // the kernel's offsets have 32 bits
-  if (out < kShapeUnit || out % kShapeUnit != 0 || out > kMostElements / channels) {
-    return InvalidArgument("the 2:4 decode product needs outputs that are a multiple of ",
-                           kShapeUnit, ", and less than 2^31 weights; got ", out, " outputs of ",
-                           channels, " channels. Leave such a layer dense, or split it.");
-  }
-  const int64_t bytes = out * channels / 16 * 18;
-  if (blob.element_type() != ffi::U8 || blob.dimensions().size() != 1 ||
-      blob.dimensions()[0] != bytes) {
-    return InvalidArgument("a 2:4 weight of ", out, " outputs and ", channels, " channels is ",
-                           name, " U8[", bytes, "]; got ", Describe(blob),
-                           ". Make it with esparse_jax.sparse.blob24.");
-  }
-  return CheckAligned(name, blob);
-}
-
-Dtype DtypeOf(const ffi::AnyBuffer& x) {
-  return x.element_type() == ffi::F16 ? Dtype::kFloat16 : Dtype::kBfloat16;
-}
+constexpr const char* kProduct = "the 2:4 decode product";
 
 ffi::ErrorOr<Plan> CheckedPlan(const ffi::Span<const int32_t>& fields) {
   if (fields.size() != kPlanFields) {
@@ -139,7 +85,7 @@ ffi::Error CheckFusion(int32_t fusion) {
 // Checks every buffer and fills in the product.
 ffi::Error MakeProduct(const Operands& given, int32_t fusion, float epsilon, Product* product) {
   const ffi::AnyBuffer &x = *given.x, &y = *given.y;
-  ESPARSE_RETURN_IF_ERROR(CheckX(x));
+  ESPARSE_RETURN_IF_ERROR(CheckX(kProduct, x, kMaxRows));
   ESPARSE_RETURN_IF_ERROR(CheckFusion(fusion));
   const int64_t rows = x.dimensions()[0], channels = x.dimensions()[1];
   if (y.dimensions().size() != 2) {
@@ -147,8 +93,8 @@ ffi::Error MakeProduct(const Operands& given, int32_t fusion, float epsilon, Pro
   }
   const int64_t columns = y.dimensions()[1];
   const int64_t out = fusion & kSwiglu ? 2 * columns : columns;
-  ESPARSE_RETURN_IF_ERROR(CheckMatrix("y", y, rows, columns, x.element_type()));
-  ESPARSE_RETURN_IF_ERROR(CheckBlob("blob", *given.blob, out, channels));
+  ESPARSE_RETURN_IF_ERROR(CheckMatrix(kProduct, "y", y, rows, columns, x.element_type()));
+  ESPARSE_RETURN_IF_ERROR(CheckBlob(kProduct, "blob", *given.blob, out, channels));
   *product = {};
   product->blob = given.blob->untyped_data();
   product->x = x.untyped_data();
@@ -160,21 +106,22 @@ ffi::Error MakeProduct(const Operands& given, int32_t fusion, float epsilon, Pro
   product->fusion = fusion;
   product->epsilon = epsilon;
   if (fusion & kResidual) {
-    ESPARSE_RETURN_IF_ERROR(CheckMatrix("residual", *given.residual, rows, out, x.element_type()));
+    ESPARSE_RETURN_IF_ERROR(
+        CheckMatrix(kProduct, "residual", *given.residual, rows, out, x.element_type()));
     product->residual = given.residual->untyped_data();
   }
   if (fusion & kPermute) {
     ESPARSE_RETURN_IF_ERROR(CheckOrder("permutation", *given.permutation, channels));
     ESPARSE_RETURN_IF_ERROR(
-        CheckMatrix("scratch", *given.scratch, rows, channels, x.element_type()));
-    ESPARSE_RETURN_IF_ERROR(CheckAligned("scratch", *given.scratch));
+        CheckMatrix(kProduct, "scratch", *given.scratch, rows, channels, x.element_type()));
+    ESPARSE_RETURN_IF_ERROR(CheckAligned(kProduct, "scratch", *given.scratch));
     product->permutation = static_cast<const int32_t*>(given.permutation->untyped_data());
     product->scratch = given.scratch->untyped_data();
   }
   if (fusion & kScatter) {
     ESPARSE_RETURN_IF_ERROR(CheckOrder("places", *given.places, out));
     ESPARSE_RETURN_IF_ERROR(
-        CheckMatrix("scattered", *given.scattered, rows, out, x.element_type()));
+        CheckMatrix(kProduct, "scattered", *given.scattered, rows, out, x.element_type()));
     product->places = static_cast<const int32_t*>(given.places->untyped_data());
     product->scattered = given.scattered->untyped_data();
   }

@@ -21,6 +21,11 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(MaxSum32);
 // A residual added to rows, their norm, and its channels in another order; see row_norm.h.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(RowNorm16);
 
+#ifdef ESPARSE_HOPPER
+// A product of many rows, on compute capability 9.0; see prefill.h.
+XLA_FFI_DECLARE_HANDLER_SYMBOL(Prefill24);
+#endif
+
 #ifdef ESPARSE_CUBINS
 // A product that XLA records instead of tracing it.
 constexpr const char* kRecordedTarget = "esparse_decode24_recorded_v3";

@@ -75,18 +75,19 @@ ffi::ErrorOr<double> TimeGraph(const QueueLaunch& queue, int32_t launches, int32
   return 1000.0 * median / launches;
 }
 
-ffi::ErrorOr<double> TimeDecode(const Product& product, int64_t blob_bytes, int64_t copies,
-                                const Plan& plan, Start start, int32_t launches, int32_t replays) {
+ffi::ErrorOr<double> TimeProduct(const Product& product, int64_t blob_bytes, int64_t copies,
+                                 const QueueProduct& queue, const char* name, int32_t launches,
+                                 int32_t replays) {
   if (copies < 1 || launches < 1 || replays < 1) {
     return Failure{InvalidArgument("a timing needs at least one copy, launch and replay; got ",
                                    copies, ", ", launches, " and ", replays, ".")};
   }
-  const auto queue = [&](int64_t i, cudaStream_t stream) {
+  const auto queue_one = [&](int64_t i, cudaStream_t stream) {
     Product one = product;
     one.blob = static_cast<const char*>(product.blob) + i % copies * blob_bytes;
-    return ToError(Launch(one, plan, i == 0 ? Start::kAlone : start, stream), "the decode kernel");
+    return ToError(queue(one, i == 0, stream), name);
   };
-  return TimeGraph(queue, launches, replays);
+  return TimeGraph(queue_one, launches, replays);
 }
 
 }  // namespace esparse::cuda

@@ -26,9 +26,14 @@ using QueueLaunch = std::function<ffi::Error(int64_t i, cudaStream_t stream)>;
 // Returns the median over the replays, in microseconds for one launch.
 ffi::ErrorOr<double> TimeGraph(const QueueLaunch& queue, int32_t launches, int32_t replays);
 
-// The decode product with weights that lie one behind the other, taken in turn.
-ffi::ErrorOr<double> TimeDecode(const Product& product, int64_t blob_bytes, int64_t copies,
-                                const Plan& plan, Start start, int32_t launches, int32_t replays);
+// Queues a product; `first` is the one of launch 0.
+using QueueProduct =
+    std::function<cudaError_t(const Product& product, bool first, cudaStream_t stream)>;
+
+// A product with weights that lie one behind the other, taken in turn; `name` as ToError has it.
+ffi::ErrorOr<double> TimeProduct(const Product& product, int64_t blob_bytes, int64_t copies,
+                                 const QueueProduct& queue, const char* name, int32_t launches,
+                                 int32_t replays);
 
 }  // namespace cuda
 }  // namespace esparse

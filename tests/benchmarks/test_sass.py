@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 DECODE, ATTEND, OTHER = "esparse_decode_float16_1_1", "esparse_attend_float16_64_1_4", "_Z6Gatherv"
+PREFILL = "_ZN7esparse4cuda12_GLOBAL__N_113PrefillKernelI6__halfLi256ELi5ELi4EEEvv"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,9 @@ def good() -> dict[str, dict[str, tuple[list[str], int]]]:
             ATTEND: (["FFMA R2, R4, R6, R2"], 255),
             OTHER: (["LDG.E R2, [R4]"], 32),
         },
+        "sm_90a": {
+            PREFILL: (["HGMMA.SP.64x256x32.F32 R24, gdesc[UR4], R24, R159, 0x0"], 163),
+        },
     }
 
 
@@ -59,6 +63,7 @@ def test_each_family_has_a_line(sass, monkeypatch, capsys):
         "| sm_90 | decode | 1 | 1 | 0 | 123 |",
         "| sm_90 | attention | 1 | 0 | 0 | 255 |",
         "| sm_90 | other | 1 | 0 | 0 | 32 |",
+        "| sm_90a | prefill | 1 | 1 | 0 | 163 |",
     ]
 
 
@@ -69,7 +74,9 @@ def test_each_family_has_a_line(sass, monkeypatch, capsys):
         ("sm_80", DECODE, ["HMMA.SP.16832.F32 R4, R8, R12, R4", "LDL R2, [R1]"]),
         ("sm_90", ATTEND, ["STL.64 [R1+0x8], R2"]),
         ("sm_90", OTHER, ["LDL R2, [R1]"]),
+        ("sm_90a", PREFILL, ["HGMMA.64x256x16.F32 R24, gdesc[UR4], R24, UP0"]),
         ("sm_80", DECODE, None),
+        ("sm_90a", PREFILL, None),
         ("sm_90", ATTEND, None),
     ],
 )

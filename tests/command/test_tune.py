@@ -20,7 +20,7 @@ from esparse_jax.sparse import (
     table_file,
     tune_shape,
 )
-from esparse_jax.sparse.table import DecodeTime, LibraryTime
+from esparse_jax.sparse.table import KernelTime, LibraryTime
 
 MACHINE = Machine("Abacus 9", "9.0", "0.8.0")
 SCRIPT = {
@@ -205,8 +205,8 @@ def test_what_cannot_be_tuned_is_named(tmp_path):
 
 def test_lines_show_what_there_is():
     records = (
-        Record(64, 128, "float16", 1, 10.0, DecodeTime(4.0, {"tiles": 1})),
-        Record(64, 128, "float16", 8, None, DecodeTime(4.0)),
+        Record(64, 128, "float16", 1, 10.0, KernelTime(4.0, {"tiles": 1})),
+        Record(64, 128, "float16", 8, None, KernelTime(4.0)),
         Record(64, 128, "float16", 16, 10.0, None, LibraryTime(8.0, Algorithm(7, split_k=-1))),
         Record(64, 128, "bfloat16", 16, 10.0),
         Record(64, 64, "float16", 16, 10.0),

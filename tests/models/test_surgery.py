@@ -33,7 +33,7 @@ from esparse_jax.models.surgery import (
 from esparse_jax.pruning.mask import NMPattern
 from esparse_jax.pruning.stats import init_range
 from esparse_jax.sparse.machine import Machine
-from esparse_jax.sparse.table import DecodeTime, Record, TuningTable, use_table
+from esparse_jax.sparse.table import KernelTime, Record, TuningTable, use_table
 
 FIELDS = llama_cases.CASES["gqa"]
 PRUNED = sorted(path for group in PRUNED_GROUPS for path in group)
@@ -222,7 +222,7 @@ def tuning_table(**times):
     """Times for 1 and 8 rows, `(sparse, dense)` by the last part of a path."""
     shapes = {"q_proj": (64, 64), "k_proj": (32, 64), "gate_proj": (96, 64), "down_proj": (64, 96)}
     records = [
-        Record(*shapes[name], "float32", rows, dense, DecodeTime(sparse))
+        Record(*shapes[name], "float32", rows, dense, KernelTime(sparse))
         for name, (sparse, dense) in times.items()
         for rows in (1, 8)
     ]

@@ -27,9 +27,10 @@ from esparse_jax.sparse import (
 from esparse_jax.sparse import matmul as matmul_file
 from esparse_jax.sparse import table as table_file
 from esparse_jax.sparse.matmul import _log_untuned
-from esparse_jax.sparse.table import DecodeTime, LibraryTime
+from esparse_jax.sparse.table import KernelTime, LibraryTime
 
 MATMUL, DECODE = "esparse_cusparselt_matmul_cuda_v1", "esparse_decode24_cuda_v4"
+PREFILL = "esparse_prefill24_cuda_v1"
 H200 = Machine("NVIDIA H200", "9.0", "0.8.0")
 SHAPE = (64, 128)
 PLAN = {"tiles": 3, "warps": 4, "blocks": 2}
@@ -41,6 +42,11 @@ pytestmark = pytest.mark.skipif(
 )
 needs_kernel = pytest.mark.skipif(
     not _ffi_cuda.decode_available(), reason="the extension was built without its CUDA part"
+)
+
+
+needs_prefill = pytest.mark.skipif(
+    not _ffi_cuda.prefill_available(), reason="the extension was built without code for Hopper"
 )
 
 
@@ -71,7 +77,7 @@ def record(rows, *, decode=None, plan=None, library=None, id=5, split_k=None, wo
         "float16",
         rows,
         None,
-        None if decode is None else DecodeTime(decode, plan),
+        None if decode is None else KernelTime(decode, plan),
         None if library is None else LibraryTime(library, algorithm),
     )
 
@@ -304,6 +310,45 @@ def lowered_here(rows, **options) -> str:
     """With the table of the machine."""
     product = functools.partial(sparse_matmul, **options)
     return lowered_for_cuda(product, random_x(rows, SHAPE[1]), weight())
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Where the prefill kernel is for the GPU at hand, by its capability."""
+    runs = lambda capability: capability == "9.0"  # noqa: E731
+    monkeypatch.setattr(_ffi_cuda, "prefill_runs", runs)
+
+
+def is_prefill(text: str) -> bool:
+    return f"@{PREFILL}" in text and MATMUL not in text and DECODE not in text
+
+
+@needs_prefill
+def test_the_prefill_kernel_is_taken_where_it_was_faster(h200, hopper):
+    def measured(prefill, **changes):
+        kernel = KernelTime(prefill, {"rows": 128, "cluster": 4})
+        return table(dataclasses.replace(record(64, library=5.0), prefill=kernel, **changes))
+
+    with use_table(measured(4.0)):
+        text = lowered_here(64)
+        assert is_prefill(text)
+        assert "plan = dense<[128, 4, 0]>" in text
+        assert is_prefill(lowered_here(33))  # the record is of 64 rows
+        assert algorithm_of(lowered_here(64, algorithm=Algorithm(3))) == 3
+    with use_table(measured(6.0)):
+        assert algorithm_of(lowered_here(64)) == 5
+    with use_table(table(record(128, library=5.0))):
+        assert not is_prefill(lowered_here(64))  # nobody knows how fast it is here
+
+
+@needs_prefill
+def test_the_prefill_kernel_is_for_hopper_alone(h200, monkeypatch):
+    assert _ffi_cuda.prefill_runs("9.0")
+    assert not _ffi_cuda.prefill_runs("8.0")
+    assert not _ffi_cuda.prefill_runs(None)
+    with _ffi_cuda.traced_calls():  # what is exported runs on other GPUs
+        assert not _ffi_cuda.prefill_runs("9.0")
+    assert is_prefill(lowered_here(64, backend="prefill"))
 
 
 @needs_kernel

@@ -29,7 +29,7 @@ from esparse_jax.sparse import (
 )
 from esparse_jax.sparse import table as table_module
 from esparse_jax.sparse.table import (
-    DecodeTime,
+    KernelTime,
     LibraryTime,
     bucket,
     resolve_table,
@@ -47,7 +47,7 @@ def record(rows=16, *, dense=None, decode=None, library=None, shape=SHAPE, dtype
         dtype,
         rows,
         dense,
-        None if decode is None else DecodeTime(decode),
+        None if decode is None else KernelTime(decode),
         None if library is None else LibraryTime(library, Algorithm(3)),
     )
 
@@ -62,7 +62,7 @@ FULL = table(
         "float16",
         16,
         11.1,
-        DecodeTime(7.5, PLAN),
+        KernelTime(7.5, PLAN),
         LibraryTime(10.5, Algorithm(12, split_k=-1, workspace_bytes=4096)),
         {"cusparselt, id 17": "with 16 rows: no answer within 20 s"},
     ),
@@ -74,8 +74,9 @@ FULL = table(
         None,
         LibraryTime(10.0, Algorithm(3, 2, SplitKMode.TWO_KERNELS, 1, 0)),
         partial=True,
+        prefill=KernelTime(9.5, {"rows": 256, "cluster": 2}),
     ),
-    Record(80, 48, "bfloat16", 1, None, DecodeTime(2.25)),
+    Record(80, 48, "bfloat16", 1, None, KernelTime(2.25)),
 )
 
 
@@ -110,6 +111,10 @@ def test_ways_are_sorted_by_their_times():
     library, decode = record(decode=7.0, library=6.0).ways()
     assert (library.kind, library.algorithm, decode.kind) == ("cusparselt", Algorithm(3), "decode")
     assert record(decode=7.0, library=6.0).sparse == 6.0
+    many = dataclasses.replace(record(64, library=9.0), prefill=KernelTime(8.0, {"rows": 128}))
+    assert [way.kind for way in many.ways()] == ["prefill", "cusparselt"]
+    assert many.ways()[0].plan == {"rows": 128}
+    assert many.sparse == 8.0
     assert record(dense=1.0).ways() == []
     assert record(dense=1.0).sparse is None
 

@@ -32,8 +32,8 @@ from esparse_jax.sparse import tune as tune_file
 from esparse_jax.sparse._timing import Chain, chain_rotation, random_24, rotation
 from esparse_jax.sparse._tune_worker import Bench
 from esparse_jax.sparse.compress import check24, compress24
-from esparse_jax.sparse.table import DecodeTime, LibraryTime
-from esparse_jax.sparse.tune import decode_plans, library_algorithms, rows_left
+from esparse_jax.sparse.table import KernelTime, LibraryTime
+from esparse_jax.sparse.tune import decode_plans, library_algorithms, prefill_plans, rows_left
 
 SHAPE = (512, 256)
 FACTS = {
@@ -103,7 +103,7 @@ def test_every_way_is_measured_and_the_best_again(worker):
     (record,) = table.records
     assert (record.out, record.channels, record.dtype, record.rows) == (*SHAPE, "bfloat16", 16)
     assert record.dense == 30.0
-    assert record.decode == DecodeTime(9.0, PLAN)
+    assert record.decode == KernelTime(9.0, PLAN)
     assert record.cusparselt == LibraryTime(15.0, Algorithm(2, split_k=-1, workspace_bytes=64))
     assert record.failed == {}
 
@@ -128,6 +128,20 @@ def test_every_way_is_measured_and_the_best_again(worker):
     assert start["job"] == {
         "out": 512, "channels": 256, "dtype": "bfloat16", "rows": [16], "platform": "cuda",
     }  # fmt: skip
+
+
+def test_the_prefill_kernel_and_its_plans_are_for_many_rows(worker):
+    name = "prefill, rows 256, cluster 4, group 8"
+    worker.write({"prefill": 18.0, name: 15.0}, prefill=True, decode=False, algorithms=0)
+    records = worker.tune([16, 64])
+    assert records[16].prefill is None
+    assert records[64].prefill == KernelTime(15.0, {"rows": 256, "cluster": 4, "group": 8})
+    assert records[64].sparse == 15.0
+    asked = worker.asked()
+    assert {line["rows"] for line in asked if line["name"].startswith("prefill")} == {64}
+    coarse = [line["name"] for line in asked if line["rows"] == 64 and not line["thorough"]]
+    assert coarse[:2] == ["dense", "prefill"]
+    assert len(coarse) == 1 + 1 + len(prefill_plans()) == 20
 
 
 def test_the_last_measurements_decide(worker):
@@ -155,7 +169,7 @@ def test_the_last_measurements_decide(worker):
 def test_a_plan_must_beat_the_rule_by_more_than_noise(worker, rule, plan, wins):
     worker.write({"decode": rule, PLAN_NAME: plan}, algorithms=0)
     (record,) = worker.tune([1]).values()
-    assert record.decode == (DecodeTime(9.7, PLAN) if wins else DecodeTime(10.0, None))
+    assert record.decode == (KernelTime(9.7, PLAN) if wins else KernelTime(10.0, None))
     assert record.cusparselt is None
 
 
@@ -171,7 +185,7 @@ def test_rows_ask_for_what_can_serve_them(worker):
     assert kinds[32] == {"dense", "pieces", "cusparselt"}
     assert kinds[64] == {"dense", "cusparselt"}
     assert records[1].cusparselt == records[8].cusparselt is not None
-    assert records[32].decode == DecodeTime(17.5)
+    assert records[32].decode == KernelTime(17.5)
     assert records[64].decode is None
 
 
@@ -570,6 +584,11 @@ class Timers:
         assert (rest["plan"], rest["prefetch"]) == ([3, 0, 0, 0, 0, 0], False)
         return self.write(rows, y, launches, replays, copies)
 
+    def prefill_time(self, *, rows, y, launches, replays, copies, **rest):
+        assert rest["plan"] == [256, 0, 0]
+        assert {"out", "channels", "dtype", "x", "blobs", "blob_bytes", "plan"} == set(rest)
+        return self.write(rows, y, launches, replays, copies)
+
     def time(self, x, blobs, *, y, launches, replays):
         rows, copies = x.shape[0], blobs.shape[0]
         return self.write(rows, y.unsafe_buffer_pointer(), launches, replays, copies)
@@ -600,6 +619,9 @@ def test_a_candidate_is_checked_and_then_timed(bench, monkeypatch):
     timers = Timers(bench, [50.0, 12.0])
     assert bench.run(16, DECODE, thorough=True, best=None) == {"microseconds": 12.0}
     assert timers.calls[1] == (8, 96, 7)
+    timers = Timers(bench, [50.0, 11.0])
+    prefill = {"kind": "prefill", "plan": {"rows": 256}}
+    assert bench.run(16, prefill, thorough=False, best=None) == {"microseconds": 11.0}
     timers = Timers(bench, [20000.0, 19000.0])
     bench.run(16, DECODE, thorough=True, best=None)
     assert timers.calls[1] == (8, 8, 3)

@@ -12,6 +12,7 @@
 
 #include "cuda/decode_plan.h"
 #include "cuda/testing/fibers.h"
+#include "cuda/testing/numbers.h"
 
 #define ESPARSE_DEVICE inline
 #define ESPARSE_UNROLL
@@ -24,24 +25,6 @@ using std::min;
 
 namespace esparse::cuda {
 namespace {
-
-// Rounds to the nearest, ties to even; NaN is not asked for.
-struct Bfloat16 {
-  uint16_t bits;
-
-  Bfloat16() = default;
-  explicit Bfloat16(float x) {
-    uint32_t all;
-    std::memcpy(&all, &x, sizeof(all));
-    bits = static_cast<uint16_t>((all + 0x7fff + ((all >> 16) & 1)) >> 16);
-  }
-  explicit operator float() const {
-    const uint32_t all = uint32_t{bits} << 16;
-    float x;
-    std::memcpy(&x, &all, sizeof(x));
-    return x;
-  }
-};
 
 // What the kernel before writes. Until it has ended there is something else in its place.
 class Later {
@@ -155,12 +138,7 @@ class Host {
   }
 
   uint32_t Bytes(uint32_t low, uint32_t high, uint32_t which) const {
-    const uint64_t both = uint64_t{high} << 32 | low;
-    uint32_t bytes = 0;
-    for (int i = 0; i < 4; ++i) {
-      bytes |= static_cast<uint32_t>(both >> ((which >> (4 * i) & 7) * 8) & 0xff) << (8 * i);
-    }
-    return bytes;
+    return PickBytes(low, high, which);
   }
   template <typename T>
   void Widen(uint32_t pair, float* low, float* high) const {

@@ -85,6 +85,16 @@ class Fiber {
   void SyncBlock() { Meet(&running_->blocks_[rank_]); }
   void SyncCluster() { Meet(&running_->all_); }
 
+  // Until something holds that other threads bring about; who does says so.
+  template <typename Condition>
+  void WaitUntil(Condition holds) {
+    while (!holds()) swapcontext(&context_, &running_->scheduler_);
+  }
+  void SayProgress() { ++running_->steps_; }
+  void MeetAt(Meeting* meeting) { Meet(meeting); }
+
+  // Whether all threads of a block of the cluster have.
+  bool HasEnded(int rank) const { return running_->left_[rank] == 0; }
   // The shared memory of a block of the cluster.
   std::vector<char>& Shared(int rank) const { return running_->shared_[rank]; }
 

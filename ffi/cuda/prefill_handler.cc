@@ -1,0 +1,69 @@
+#include <cstdint>
+
+#include "cuda/errors.h"
+#include "cuda/handlers.h"
+#include "cuda/prefill.h"
+#include "cuda/product_checks.h"
+#include "status.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace esparse::cuda {
+namespace {
+
+constexpr const char* kProduct = "the 2:4 prefill product";
+constexpr int64_t kMostRows = int64_t{1} << 24;
+
+ffi::ErrorOr<PrefillPlan> CheckedPlan(const ffi::Span<const int32_t>& fields) {
+  if (fields.size() != kPrefillPlanFields) {
+    return ffi::Unexpected(InvalidArgument("a plan of ", kProduct, " has ", kPrefillPlanFields,
+                                           " numbers (rows, cluster, group); got ", fields.size(),
+                                           "."));
+  }
+  const int32_t* field = fields.begin();
+  const PrefillPlan plan = {field[0], field[1], field[2]};
+  const bool rows = plan.rows == 0 || plan.rows == 128 || plan.rows == 256;
+  const bool cluster =
+      plan.cluster == 0 || plan.cluster == 1 || plan.cluster == 2 || plan.cluster == 4;
+  if (!rows || !cluster || plan.group < 0 || plan.group > 64) {
+    return ffi::Unexpected(InvalidArgument(
+        "a plan of ", kProduct, " is rows 128 or 256, cluster 1, 2 or 4, group 1..64, and 0 for ",
+        "what is to be chosen; got ", plan.rows, ", ", plan.cluster, ", ", plan.group, "."));
+  }
+  return plan;
+}
+
+ffi::Error Prefill24Impl(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer blob,
+                         ffi::Result<ffi::AnyBuffer> y, ffi::Span<const int32_t> plan_fields) {
+  ESPARSE_RETURN_IF_ERROR(CheckX(kProduct, x, kMostRows));
+  const int64_t rows = x.dimensions()[0], channels = x.dimensions()[1];
+  if (y->dimensions().size() != 2) {
+    return InvalidArgument("y must be [row, out]; got ", Describe(*y), ".");
+  }
+  const int64_t out = y->dimensions()[1];
+  ESPARSE_RETURN_IF_ERROR(CheckMatrix(kProduct, "y", *y, rows, out, x.element_type()));
+  ESPARSE_RETURN_IF_ERROR(CheckAligned(kProduct, "y", *y));
+  ESPARSE_RETURN_IF_ERROR(CheckBlob(kProduct, "blob", blob, out, channels));
+  ESPARSE_ASSIGN_OR_RETURN(plan, CheckedPlan(plan_fields));
+  Product product = {};
+  product.blob = blob.untyped_data();
+  product.x = x.untyped_data();
+  product.y = y->untyped_data();
+  product.rows = rows;
+  product.out = out;
+  product.channels = channels;
+  product.dtype = DtypeOf(x);
+  return ToError(LaunchPrefill(product, plan, stream), kProduct);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Prefill24, Prefill24Impl,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<ffi::AnyBuffer>()  // x [row, channel]
+                                  .Arg<ffi::AnyBuffer>()  // blob
+                                  .Ret<ffi::AnyBuffer>()  // y [row, out]
+                                  .Attr<ffi::Span<const int32_t>>("plan"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace esparse::cuda

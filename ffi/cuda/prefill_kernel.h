@@ -1,0 +1,236 @@
+// The prefill kernel. Its body is plain C++ over a few primitives of the device: prefill_gpu.h has
+// those of a GPU, testing/prefill_on_host.cc those of a test without one. Each also sees to `min`
+// and `max`. Addresses of shared memory are numbers.
+//
+// The blob is read as it lies (see decode_kernel.h). A block computes 128 outputs x kRows rows of
+// x, 64 channels at a stage:
+//
+//   values    128 rows of 64 bytes, 32 values each    a tensor copy, strewn in 64 bytes
+//   x         kRows rows of 128 bytes, 64 channels    a tensor copy, strewn in 128 bytes; each
+//                                                     block of a cluster loads a part for all
+//   indices   twice 512 bytes, of 64 outputs each     a plain copy: they lie together in the blob
+//
+// One thread fills the stages; two warpgroups multiply, 64 outputs each, by two wgmma.sp of 32
+// channels. A stage is full when its bytes are there, and empty when the warps of all blocks that
+// its part of x went to have multiplied it. Blocks stay for all their tiles, so that the stages
+// fill up for the next tile while the sums of this one are written: transposed through shared
+// memory, 32 rows of y at a time, and from there by tensor stores.
+#ifndef ESPARSE_FFI_CUDA_PREFILL_KERNEL_H_
+#define ESPARSE_FFI_CUDA_PREFILL_KERNEL_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace esparse::cuda {
+
+constexpr int kBlockOutputs = 128;
+constexpr int kGroupOutputs = 64;   // of a warpgroup
+constexpr int kStageChannels = 64;  // divides the channels, as kShapeUnit does
+constexpr int kStoreRows = 32;
+constexpr int kGroupThreads = 128;
+constexpr int kWorkers = 2 * kGroupThreads;     // threads that multiply
+constexpr int kPrefillThreads = kWorkers + 32;  // up to 224 registers for each
+constexpr int kWorkerWarps = kWorkers / 32;
+
+struct PrefillArgs {
+  int out, channels;
+  int out_tiles;  // of a cluster: kCluster * kBlockOutputs outputs
+  int row_tiles;
+  int group;  // row tiles that are walked together
+};
+
+// Bytes of shared memory, from a multiple of 1024 on.
+template <int kRows, int kStages>
+struct PrefillLayout {
+  static constexpr int kValueBytes = kBlockOutputs * kStageChannels / 2 * 2;
+  static constexpr int kXBytes = kRows * kStageChannels * 2;
+  static constexpr int kStageBytes = kValueBytes + kXBytes;
+  static constexpr int kIndexBytes = kGroupOutputs * kStageChannels / 8;  // of a warpgroup
+  static constexpr int kStoreBytes = kStoreRows * kGroupOutputs * 2;
+  static constexpr int kStoreAt = kStages * kStageBytes;  // two for each warpgroup
+  static constexpr int kIndicesAt = kStoreAt + 4 * kStoreBytes;
+  static constexpr int kBarriersAt = kIndicesAt + kStages * 2 * kIndexBytes;
+  static constexpr int kBytes = kBarriersAt + kStages * 2 * 8;
+};
+
+// Rows of operands as tensor copies strew them, each row as wide as the pattern: a chunk of 16
+// bytes is moved by bits of its row, so that the chunks of a column lie in different banks.
+enum class Swizzle : uint64_t { k128Bytes = 1, k64Bytes = 2 };
+
+// What wgmma calls a descriptor: a matrix in shared memory, K-major, whose rows are as wide as the
+// swizzle.
+template <Swizzle kSwizzle>
+ESPARSE_DEVICE uint64_t MatrixDescriptor(uint32_t address) {
+  constexpr uint64_t kEightRows = kSwizzle == Swizzle::k128Bytes ? 1024 : 512;
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 |
+         kEightRows >> 4 << 32 | static_cast<uint64_t>(kSwizzle) << 62;
+}
+// How much a descriptor grows by so many bytes along K.
+template <int kBytes>
+ESPARSE_DEVICE uint64_t Further(uint64_t descriptor) {
+  return descriptor + (kBytes >> 4);
+}
+
+// Where a tile lies: runs of `group` row tiles, in which the rows go fastest.
+template <int kRows, int kCluster>
+ESPARSE_DEVICE void PlaceTile(const PrefillArgs& p, int tile, int rank, int* output, int* row) {
+  const int run = p.group * p.out_tiles;
+  const int first = tile / run * p.group, within = tile % run;
+  const int wide = min(p.group, p.row_tiles - first);
+  *row = (first + within % wide) * kRows;
+  *output = (within / wide * kCluster + rank) * kBlockOutputs;
+}
+
+// Loads all stages of all tiles of a block: one thread.
+template <int kRows, int kStages, int kCluster, typename Device>
+ESPARSE_DEVICE void FillStages(Device& device, const uint8_t* all_indices, const PrefillArgs& p) {
+  using Places = PrefillLayout<kRows, kStages>;
+  constexpr int kPart = kRows / kCluster;
+  const uint32_t stages = device.Shared(), full = stages + Places::kBarriersAt,
+                 empty = full + kStages * 8;
+  const int steps = p.channels / kStageChannels, tiles = p.out_tiles * p.row_tiles;
+  const int rank = device.Rank();
+  int stage = 0;
+  uint32_t phase = 1;
+  for (int tile = device.Block() / kCluster; tile < tiles; tile += device.Blocks() / kCluster) {
+    int output, row;
+    PlaceTile<kRows, kCluster>(p, tile, rank, &output, &row);
+    // The last block may have one warpgroup's outputs, or none and still its part of x.
+    const int groups = max(0, min(2, (p.out - output) / kGroupOutputs));
+    const uint8_t* indices =
+        all_indices + static_cast<size_t>(output / kGroupOutputs) * steps * Places::kIndexBytes;
+    for (int k = 0; k < steps; ++k) {
+      device.WaitBarrier(empty + 8 * stage, phase);
+      const uint32_t barrier = full + 8 * stage, at = stages + stage * Places::kStageBytes;
+      const uint32_t x_at = at + Places::kValueBytes;
+      device.ArriveAndExpect(barrier, Places::kStageBytes + groups * Places::kIndexBytes);
+      device.CopyValues(at, k * (kStageChannels / 2), output, barrier);
+      device.template CopyX<kCluster>(x_at + rank * (kPart * 128), k * kStageChannels,
+                                      row + rank * kPart, barrier);
+      for (int g = 0; g < groups; ++g) {
+        device.CopyBytes(stages + Places::kIndicesAt + (stage * 2 + g) * Places::kIndexBytes,
+                         indices + (static_cast<size_t>(g) * steps + k) * Places::kIndexBytes,
+                         Places::kIndexBytes, barrier);
+      }
+      if (++stage == kStages) {
+        stage = 0;
+        phase ^= 1;
+      }
+    }
+  }
+}
+
+// Multiplies all stages of all tiles of a block, and writes y: two warpgroups.
+template <typename T, int kRows, int kStages, int kCluster, typename Device>
+ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p) {
+  using Places = PrefillLayout<kRows, kStages>;
+  const uint32_t stages = device.Shared(), full = stages + Places::kBarriersAt,
+                 empty = full + kStages * 8;
+  const int thread = device.Thread(), warp = thread / 32, lane = thread % 32;
+  const int group = thread / kGroupThreads;
+  const bool leader = thread % kGroupThreads == 0;
+  const int steps = p.channels / kStageChannels, tiles = p.out_tiles * p.row_tiles;
+  // Of the indices: 256 bytes for 32 channels, in them 64 for 16 outputs, in them 8 for outputs
+  // (o, o + 8), whose nibbles alternate, and in them bytes of the two chunks of 16 channels by
+  // turns. Lane t of four serves the product t / 2 of a stage with the chunk t % 2.
+  const uint32_t my_indices = stages + Places::kIndicesAt + group * Places::kIndexBytes +
+                              ((lane >> 1) & 1) * 256 + (warp & 3) * 64 + (lane >> 2) * 8;
+  const uint32_t my_bytes = lane & 1 ? 0x7531 : 0x6420;
+
+  int stage = 0;
+  uint32_t phase = 0;
+  float sum[kRows / 2];
+  for (int tile = device.Block() / kCluster; tile < tiles; tile += device.Blocks() / kCluster) {
+    int output, row;
+    PlaceTile<kRows, kCluster>(p, tile, device.Rank(), &output, &row);
+    int before = -1;  // the stage whose products may still run
+    const auto release = [&](int done) {
+      if (lane < kCluster) device.ArriveAt(empty + 8 * done, lane);
+    };
+    const auto multiply = [&](uint32_t& indices, bool add) {
+      device.WaitBarrier(full + 8 * stage, phase);
+      uint32_t a, b;
+      device.LoadShared(my_indices + stage * 2 * Places::kIndexBytes, &a, &b);
+      const uint32_t mine = device.Bytes(a, b, my_bytes);
+      const uint32_t low = mine & 0x0f0f0f0fu, high = (mine >> 4) & 0x0f0f0f0fu;
+      indices = device.Bytes(low | (low >> 4), high | (high >> 4), 0x6420);
+      const uint32_t at = stages + stage * Places::kStageBytes;
+      const uint64_t weight =
+          MatrixDescriptor<Swizzle::k64Bytes>(at + group * (Places::kValueBytes / 2));
+      const uint64_t rows = MatrixDescriptor<Swizzle::k128Bytes>(at + Places::kValueBytes);
+      device.BeginProducts();
+      device.template MultiplySparse<T, kRows, 0>(sum, weight, rows, indices, add);
+      device.template MultiplySparse<T, kRows, 1>(sum, Further<32>(weight), Further<64>(rows),
+                                                  indices, true);
+      device.CommitProducts();
+      device.template WaitProducts<1>();
+      if (before >= 0) release(before);
+      before = stage;
+      if (++stage == kStages) {
+        stage = 0;
+        phase ^= 1;
+      }
+    };
+    // The indices stay in their register while the products run, so the next stage has another.
+    uint32_t even, odd;
+    int k = 0;
+    for (; k + 1 < steps; k += 2) {
+      multiply(even, k > 0);
+      multiply(odd, true);
+    }
+    if (k < steps) multiply(even, k > 0);
+    device.template WaitProducts<0>();
+    release(before);
+
+    ESPARSE_UNROLL
+    for (int part = 0; part < kRows / kStoreRows; ++part) {
+      const uint32_t store =
+          stages + Places::kStoreAt + (group * 2 + part % 2) * Places::kStoreBytes;
+      if (leader) device.template WaitStoresRead<1>();
+      device.SyncGroup(group);
+      ESPARSE_UNROLL
+      for (int half = 0; half < 2; ++half) {  // 16 rows of y, 16 outputs of this warp
+        const int from = (part * 4 + half * 2) * 4;
+        const int matrix = lane >> 3, y_row = half * 16 + (matrix >> 1) * 8 + (lane & 7);
+        const int chunk = (warp & 3) * 2 + (matrix & 1);
+        device.StoreTransposed(store + y_row * 128 + ((chunk ^ (y_row & 7)) << 4),
+                               device.template Pack<T>(sum[from], sum[from + 1]),
+                               device.template Pack<T>(sum[from + 2], sum[from + 3]),
+                               device.template Pack<T>(sum[from + 4], sum[from + 5]),
+                               device.template Pack<T>(sum[from + 6], sum[from + 7]));
+      }
+      device.FenceForCopies();
+      device.SyncGroup(group);
+      if (leader) {
+        device.StoreY(output + group * kGroupOutputs, row + part * kStoreRows, store);
+      }
+    }
+  }
+  if (leader) device.WaitStores();
+}
+
+template <typename T, int kRows, int kStages, int kCluster, typename Device>
+ESPARSE_DEVICE void Prefill(Device& device, const uint8_t* indices, const PrefillArgs& p) {
+  const uint32_t full = device.Shared() + PrefillLayout<kRows, kStages>::kBarriersAt;
+  const int thread = device.Thread();
+  if (thread == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      device.InitBarrier(full + 8 * s, 1);
+      device.InitBarrier(full + 8 * (kStages + s), kWorkerWarps * kCluster);
+    }
+    device.FenceBarriers();
+  }
+  device.template SyncAll<kCluster>();
+  if (thread < kWorkers) {
+    MultiplyStages<T, kRows, kStages, kCluster>(device, p);
+  } else if (thread == kWorkers) {
+    FillStages<kRows, kStages, kCluster>(device, indices, p);
+  }
+  device.SyncWarp();
+  // No block leaves while others send it x, or count on its barriers.
+  device.template SyncAll<kCluster>();
+}
+
+}  // namespace esparse::cuda
+
+#endif  // ESPARSE_FFI_CUDA_PREFILL_KERNEL_H_

@@ -1,0 +1,438 @@
+// The kernel of prefill_kernel.h run on the host. Built by the tests.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <list>
+#include <map>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cuda/testing/fibers.h"
+#include "cuda/testing/numbers.h"
+
+#define ESPARSE_DEVICE inline
+#define ESPARSE_UNROLL
+namespace esparse::cuda {
+using std::max;
+using std::min;
+}  // namespace esparse::cuda
+#include "cuda/prefill_kernel.h"
+
+namespace esparse::cuda {
+namespace {
+
+// A row-major matrix of 16-bit numbers, and what a copy takes of it. Boxes may reach outside.
+struct Matrix {
+  uint16_t* data;
+  int64_t rows, columns;
+  int box_rows, box_columns;
+  Swizzle swizzle;
+
+  uint16_t* At(int64_t row, int64_t column) const {
+    const bool inside = row >= 0 && row < rows && column >= 0 && column < columns;
+    return inside ? data + row * columns + column : nullptr;
+  }
+};
+
+// Where a byte lies that would lie at `address` if nothing were strewn.
+uint32_t Strewn(uint32_t address, Swizzle swizzle) {
+  const uint32_t rows = swizzle == Swizzle::k128Bytes ? 7 : 3;
+  return address ^ ((address >> 7 & rows) << 4);
+}
+
+// When what is asked for takes place: at the request, or when it is waited for.
+enum class Asynchronous { kEarly, kLate };
+
+struct Barrier {
+  int arrivals = 0, left = 0;
+  int64_t bytes = 0, phase = 0;
+
+  void Settle() {
+    if (left != 0 || bytes != 0) return;
+    ++phase;
+    left = arrivals;
+  }
+};
+
+// A copy to one block.
+struct Copy {
+  int rank;
+  uint32_t to, barrier;
+  const Matrix* matrix;  // null: plain bytes
+  int64_t row, column;
+  const uint8_t* from;
+  uint32_t bytes;
+};
+
+// wgmma.mma_async.sp of one warpgroup, as far as its threads have come to it.
+struct WarpgroupProduct {
+  uint64_t weight, rows;
+  int columns, selector;
+  bool add;
+  int arrived = 0;
+  bool done = false;
+  float* sums[kGroupThreads];
+  uint32_t indices[kGroupThreads];
+};
+
+struct Warpgroup {
+  Meeting meeting{kGroupThreads};
+  std::deque<WarpgroupProduct> products;  // all there were
+};
+
+// What the blocks of a cluster have in common, beside their memory.
+struct Hopper {
+  Asynchronous copying, multiplying;
+  Matrix values, x, y;
+  std::map<std::pair<int, uint32_t>, Barrier> barriers;  // by rank and address
+  std::list<Copy> copies;                                // under way
+  std::map<std::pair<int, int>, Warpgroup> warpgroups;   // by rank and number
+  bool outside = false;  // something was done that a GPU would not take
+};
+
+template <typename T>
+class Host {
+ public:
+  Host(Fiber& fiber, Hopper* hopper, int blocks)
+      : fiber_(fiber), hopper_(hopper), blocks_(blocks) {}
+
+  int Thread() const { return fiber_.Thread(); }
+  int Block() const { return fiber_.Block(); }
+  int Blocks() const { return blocks_; }
+  int Rank() const { return fiber_.Rank(); }
+  uint32_t Shared() const { return 0; }
+  void SyncWarp() { fiber_.SyncWarp(); }
+  void SyncGroup(int group) { fiber_.MeetAt(&GroupOf(group).meeting); }
+  template <int kCluster>
+  void SyncAll() {
+    fiber_.SyncCluster();
+  }
+
+  void InitBarrier(uint32_t barrier, int arrivals) {
+    Place(Rank(), barrier, 8);
+    hopper_->barriers[{Rank(), barrier}] = {arrivals, arrivals};
+  }
+  void FenceBarriers() const {}
+  void ArriveAndExpect(uint32_t barrier, uint32_t bytes) {
+    BarrierOf(Rank(), barrier).bytes += bytes;
+    ArriveAt(barrier, Rank());
+  }
+  void ArriveAt(uint32_t barrier, int rank) {
+    Barrier& there = BarrierOf(rank, barrier);
+    if (--there.left < 0 || fiber_.HasEnded(rank)) hopper_->outside = true;
+    there.Settle();
+    fiber_.SayProgress();
+  }
+  void WaitBarrier(uint32_t barrier, uint32_t parity) {
+    fiber_.WaitUntil([&] {
+      const Barrier& mine = BarrierOf(Rank(), barrier);
+      if ((mine.phase & 1) != parity) return true;
+      auto& copies = hopper_->copies;
+      const auto next = std::find_if(copies.begin(), copies.end(), [&](const Copy& copy) {
+        return copy.rank == Rank() && copy.barrier == barrier;
+      });
+      if (next == copies.end()) return false;
+      Perform(*next);
+      copies.erase(next);
+      return (mine.phase & 1) != parity;
+    });
+  }
+
+  void CopyValues(uint32_t to, int column, int row, uint32_t barrier) {
+    Request(Box(Rank(), to, barrier, hopper_->values, row, column));
+  }
+  template <int kCluster>
+  void CopyX(uint32_t to, int column, int row, uint32_t barrier) {
+    for (int rank = 0; rank < kCluster; ++rank) {
+      Request(Box(rank, to, barrier, hopper_->x, row, column));
+    }
+  }
+  void CopyBytes(uint32_t to, const uint8_t* from, uint32_t bytes, uint32_t barrier) {
+    Request({Rank(), to, barrier, nullptr, 0, 0, from, bytes});
+  }
+  void StoreY(int column, int row, uint32_t from) {
+    stores_.push_back({from, row, column});
+    if (hopper_->copying == Asynchronous::kEarly) FinishStores(0);
+  }
+  template <int kPending>
+  void WaitStoresRead() {
+    FinishStores(kPending);
+  }
+  void WaitStores() { FinishStores(0); }
+  void FenceForCopies() const {}
+
+  void LoadShared(uint32_t address, uint32_t* first, uint32_t* second) {
+    const char* from = Place(Rank(), address, 8);
+    std::memcpy(first, from, 4);
+    std::memcpy(second, from + 4, 4);
+  }
+  uint32_t Bytes(uint32_t low, uint32_t high, uint32_t which) const {
+    return PickBytes(low, high, which);
+  }
+  template <typename>
+  uint32_t Pack(float low, float high) const {
+    const T both[] = {T(low), T(high)};
+    uint32_t packed;
+    std::memcpy(&packed, both, sizeof(packed));
+    return packed;
+  }
+  // stmatrix.trans: the lane has row lane / 4, columns 2 (lane % 4) + 0, 1 of each matrix.
+  void StoreTransposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    struct Shown {
+      uint32_t to, parts[4];
+    };
+    Shown all[kWarpThreads];
+    fiber_.Exchange(Shown{to, {a, b, c, d}}, all);
+    const int lane = fiber_.Lane(), matrix = lane / 8, column = lane % 8;
+    char* line = Place(Rank(), to, 16);
+    for (int row = 0; row < 8; ++row) {
+      const uint32_t pair = all[4 * row + column / 2].parts[matrix];
+      const auto half = static_cast<uint16_t>(pair >> (column % 2 * 16));
+      std::memcpy(line + 2 * row, &half, sizeof(half));
+    }
+    fiber_.SyncWarp();
+  }
+
+  void BeginProducts() const {}
+  template <typename, int kColumns, int kSelector>
+  void MultiplySparse(float (&sum)[kColumns / 2], uint64_t weight, uint64_t rows, uint32_t indices,
+                      bool add) {
+    auto& products = Mine().products;
+    if (issued_ == static_cast<int64_t>(products.size())) {
+      products.push_back({weight, rows, kColumns, kSelector, add});
+    }
+    WarpgroupProduct& product = products[issued_++];
+    if (product.weight != weight || product.rows != rows || product.selector != kSelector ||
+        product.add != add) {
+      hopper_->outside = true;
+    }
+    product.sums[Thread() % kGroupThreads] = sum;
+    product.indices[Thread() % kGroupThreads] = indices;
+    ++product.arrived;
+    fiber_.SayProgress();
+    if (hopper_->multiplying == Asynchronous::kEarly && product.arrived == kGroupThreads)
+      Compute(&product);
+  }
+  void CommitProducts() { groups_.push_back(issued_); }
+  template <int kPending>
+  void WaitProducts() {
+    for (; static_cast<int>(groups_.size()) > kPending; groups_.pop_front()) {
+      for (; finished_ < groups_.front(); ++finished_) {
+        WarpgroupProduct& product = Mine().products[finished_];
+        fiber_.WaitUntil([&] { return product.arrived == kGroupThreads; });
+        if (!product.done) Compute(&product);
+      }
+    }
+  }
+
+ private:
+  struct Store {
+    uint32_t from;
+    int row, column;
+  };
+
+  Barrier& BarrierOf(int rank, uint32_t address) {
+    const auto found = hopper_->barriers.find({rank, address});
+    if (found != hopper_->barriers.end()) return found->second;
+    hopper_->outside = true;
+    return nobody_;
+  }
+  Warpgroup& GroupOf(int group) { return hopper_->warpgroups[{Rank(), group}]; }
+  Warpgroup& Mine() { return GroupOf(Thread() / kGroupThreads); }
+
+  char* Place(int rank, uint32_t address, size_t size) {
+    std::vector<char>& shared = fiber_.Shared(rank);
+    if (address % size == 0 && address + size <= shared.size()) return shared.data() + address;
+    hopper_->outside = true;
+    return nowhere_;
+  }
+
+  static Copy Box(int rank, uint32_t to, uint32_t barrier, const Matrix& matrix, int row,
+                  int column) {
+    const auto bytes = static_cast<uint32_t>(matrix.box_rows * matrix.box_columns * 2);
+    return {rank, to, barrier, &matrix, row, column, nullptr, bytes};
+  }
+  void Request(const Copy& copy) {
+    if (hopper_->copying == Asynchronous::kEarly) {
+      Perform(copy);
+    } else {
+      hopper_->copies.push_back(copy);
+    }
+    fiber_.SayProgress();
+  }
+  void Perform(const Copy& copy) {
+    if (fiber_.HasEnded(copy.rank)) hopper_->outside = true;
+    if (copy.matrix == nullptr) {
+      for (uint32_t at = 0; at < copy.bytes; at += 16) {
+        std::memcpy(Place(copy.rank, copy.to + at, 16), copy.from + at, 16);
+      }
+    } else {
+      if (copy.to % 1024 != 0 && copy.to % 512 != 0) hopper_->outside = true;
+      const Matrix& matrix = *copy.matrix;
+      for (int r = 0; r < matrix.box_rows; ++r) {
+        for (int c = 0; c < matrix.box_columns; ++c) {
+          const uint32_t at = copy.to + (r * matrix.box_columns + c) * 2;
+          const uint16_t* from = matrix.At(copy.row + r, copy.column + c);
+          const uint16_t value = from == nullptr ? 0 : *from;
+          std::memcpy(Place(copy.rank, Strewn(at, matrix.swizzle), 2), &value, 2);
+        }
+      }
+    }
+    Barrier& barrier = BarrierOf(copy.rank, copy.barrier);
+    barrier.bytes -= copy.bytes;
+    barrier.Settle();
+    fiber_.SayProgress();
+  }
+  void FinishStores(size_t pending) {
+    for (; stores_.size() > pending; stores_.pop_front()) {
+      const Matrix& y = hopper_->y;
+      for (int r = 0; r < y.box_rows; ++r) {
+        for (int c = 0; c < y.box_columns; ++c) {
+          const uint32_t at = stores_.front().from + (r * y.box_columns + c) * 2;
+          uint16_t* to = y.At(stores_.front().row + r, stores_.front().column + c);
+          if (to != nullptr) std::memcpy(to, Place(Rank(), Strewn(at, y.swizzle), 2), 2);
+        }
+      }
+    }
+  }
+
+  // The numbers of a row of an operand, from the first byte that the descriptor names on.
+  std::vector<float> Row(uint64_t descriptor, int row, int count) {
+    const auto swizzle = static_cast<Swizzle>(descriptor >> 62);
+    const uint32_t width = swizzle == Swizzle::k128Bytes ? 128 : 64;
+    const uint32_t start = (descriptor & 0x3fff) << 4;
+    const auto eight_rows = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+    std::vector<float> numbers(count);
+    for (int i = 0; i < count; ++i) {
+      const uint32_t at = start + row / 8 * eight_rows + row % 8 * width + 2 * i;
+      T value;
+      std::memcpy(&value, Place(Rank(), Strewn(at, swizzle), 2), 2);
+      numbers[i] = static_cast<float>(value);
+    }
+    return numbers;
+  }
+  // m64nNk32, 16 bits. Warp w has outputs 16 w and on: lane 4 g + t those at g and g + 8, and of
+  // each 8 rows of x 2 t and 2 t + 1. The index words of lanes 4 g + 2 selector + 0, 1 are those of
+  // the first and the last 16 channels, two bits for each kept value, output g in the low half.
+  void Compute(WarpgroupProduct* product) {
+    constexpr int kKept = 16;
+    std::vector<std::vector<float>> rows(product->columns);
+    for (int n = 0; n < product->columns; ++n) rows[n] = Row(product->rows, n, 2 * kKept);
+    for (int m = 0; m < kGroupOutputs; ++m) {
+      const std::vector<float> kept = Row(product->weight, m, kKept);
+      const int first_lane = m / 16 * 32 + m % 8 * 4, high = m / 8 % 2;
+      int channels[kKept];
+      for (int i = 0; i < kKept; ++i) {
+        const uint32_t word = product->indices[first_lane + 2 * product->selector + i / 8];
+        channels[i] = i / 2 * 4 + (word >> (16 * high + i % 8 * 2) & 3);
+      }
+      for (int n = 0; n < product->columns; ++n) {
+        float* sum = product->sums[first_lane + n % 8 / 2] + n / 8 * 4 + high * 2 + n % 2;
+        if (!product->add) *sum = 0;
+        for (int i = 0; i < kKept; ++i) *sum += kept[i] * rows[n][channels[i]];
+      }
+    }
+    product->done = true;
+    fiber_.SayProgress();
+  }
+
+  Fiber& fiber_;
+  Hopper* hopper_;
+  int blocks_;
+  int64_t issued_ = 0, finished_ = 0;
+  std::deque<int64_t> groups_;
+  std::deque<Store> stores_;
+  Barrier nobody_{1 << 30, 1 << 30};
+  alignas(16) char nowhere_[16];
+};
+
+enum Outcome { kDone = 0, kNoInstance = 1, kEndless = 2, kOutside = 3 };
+
+struct Job {
+  int64_t rows, out, channels;
+  int group, clusters;
+  Asynchronous copying, multiplying;
+  bool uneven;
+  void* blob;
+  void* x;
+  void* y;
+};
+
+template <typename T, int kRows, int kStages, int kCluster>
+Outcome RunGrid(const Job& job) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
+  const PrefillArgs args = {static_cast<int>(job.out), static_cast<int>(job.channels),
+                            ceil_div(job.out, kCluster * kBlockOutputs), ceil_div(job.rows, kRows),
+                            job.group};
+  const auto* indices = static_cast<const uint8_t*>(job.blob) + job.out * job.channels;
+  const auto matrix = [](void* data, int64_t rows, int64_t columns, int box_rows, int box_columns,
+                         Swizzle swizzle) {
+    return Matrix{static_cast<uint16_t*>(data), rows, columns, box_rows, box_columns, swizzle};
+  };
+  for (int c = 0; c < job.clusters; ++c) {
+    Hopper hopper = {};
+    hopper.copying = job.copying;
+    hopper.multiplying = job.multiplying;
+    hopper.values = matrix(job.blob, job.out, job.channels / 2, kBlockOutputs, kStageChannels / 2,
+                           Swizzle::k64Bytes);
+    hopper.x =
+        matrix(job.x, job.rows, job.channels, kRows / kCluster, kStageChannels, Swizzle::k128Bytes);
+    hopper.y = matrix(job.y, job.rows, job.out, kStoreRows, kGroupOutputs, Swizzle::k128Bytes);
+    const auto body = [&](Fiber& fiber) {
+      Host<T> host(fiber, &hopper, job.clusters * kCluster);
+      Prefill<T, kRows, kStages, kCluster>(host, indices, args);
+    };
+    const Cluster cluster = {kCluster,
+                             kPrefillThreads,
+                             static_cast<size_t>(PrefillLayout<kRows, kStages>::kBytes),
+                             nullptr,
+                             body,
+                             job.uneven};
+    if (!Running(cluster, c * kCluster).ToTheEnd()) return kEndless;
+    if (hopper.outside || !hopper.copies.empty()) return kOutside;
+  }
+  return kDone;
+}
+
+template <typename T>
+Outcome RunInstance(const Job& job, int rows, int stages, int cluster) {
+  using std::integral_constant;
+  const auto run = [&](auto of_rows, auto of_stages) {
+    if (cluster == 1) return RunGrid<T, of_rows, of_stages, 1>(job);
+    if (cluster == 2) return RunGrid<T, of_rows, of_stages, 2>(job);
+    if (cluster == 4) return RunGrid<T, of_rows, of_stages, 4>(job);
+    return kNoInstance;
+  };
+  // As the GPU has them, and with hardly any stages.
+  if (rows == 256 && stages == 5) {
+    return run(integral_constant<int, 256>{}, integral_constant<int, 5>{});
+  }
+  if (rows == 128 && stages == 8) {
+    return run(integral_constant<int, 128>{}, integral_constant<int, 8>{});
+  }
+  if (rows == 128 && stages == 2) {
+    return run(integral_constant<int, 128>{}, integral_constant<int, 2>{});
+  }
+  return kNoInstance;
+}
+
+}  // namespace
+}  // namespace esparse::cuda
+
+// 0; 1 where there is no such instance; 2 where threads wait for each other for ever; 3 where
+// something is done that a GPU would not take, or a copy is still under way at the end.
+extern "C" __attribute__((visibility("default"))) int esparse_prefill_on_host(
+    int bfloat16, int64_t rows, int64_t out, int64_t channels, int tile_rows, int stages,
+    int cluster, int group, int clusters, int late_copies, int late_products, int uneven,
+    void* blob, void* x, void* y) {
+  using namespace esparse::cuda;
+  const auto when = [](int late) { return late ? Asynchronous::kLate : Asynchronous::kEarly; };
+  const Job job = {
+      rows,        out,  channels, group, clusters, when(late_copies), when(late_products),
+      uneven != 0, blob, x,        y};
+  return bfloat16 ? RunInstance<Bfloat16>(job, tile_rows, stages, cluster)
+                  : RunInstance<_Float16>(job, tile_rows, stages, cluster);
+}

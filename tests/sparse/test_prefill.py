@@ -1,0 +1,128 @@
+"""The prefill kernel: its lowering anywhere, its numbers on a Hopper GPU."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_cases import random_blob, random_x, relative, rounding
+from lowering import lowered_for_cuda
+
+from esparse_jax.sparse import Blob24, _ffi_cuda, compressed24_of, decompress24
+
+needs_build = pytest.mark.skipif(
+    not _ffi_cuda.prefill_available(), reason="the extension was built without code for Hopper"
+)
+needs_hopper = pytest.mark.skipif(
+    jax.default_backend() != "gpu" or jax.devices()[0].compute_capability != "9.0",
+    reason="JAX sees no GPU of compute capability 9.0",
+)
+PLANS = [
+    {"rows": rows, "cluster": cluster, "group": group}
+    for rows, cluster, group in itertools.product((128, 256), (1, 2, 4), (1, 3))
+]
+
+
+def prefill(x, blob: Blob24, **options):
+    return _ffi_cuda.prefill(x, blob.data, out=blob.shape[0], **options)
+
+
+def exact(x, blob: Blob24) -> np.ndarray:
+    weight = np.asarray(decompress24(compressed24_of(blob)), np.float64)
+    return np.asarray(x, np.float64) @ weight.T
+
+
+@needs_build
+def test_a_plan_is_handed_over():
+    text = lowered_for_cuda(functools.partial(prefill, plan={"group": 5, "rows": 128}),
+                            random_x(40, 128), random_blob((64, 128)))  # fmt: skip
+    assert "esparse_prefill24_cuda_v1" in text
+    assert "plan = dense<[128, 0, 5]>" in text
+
+
+@needs_build
+@pytest.mark.parametrize(("plan", "match"), [
+    ({"rows": 64}, "rows of a plan is 64; it is one of 128, 256, or left out"),
+    ({"cluster": 3}, "cluster of a plan is 3; it is one of 1, 2, 4, or left out"),
+    ({"tiles": 3}, r"a plan has the fields \('rows', 'cluster', 'group'\); got \['tiles'\]"),
+])  # fmt: skip
+def test_mistakes_are_explained(plan, match):
+    with pytest.raises(ValueError, match=match):
+        prefill(random_x(40, 128), random_blob((64, 128)), plan=plan)
+
+
+# ---- on a Hopper GPU
+
+
+@pytest.mark.gpu
+@needs_hopper
+@needs_build
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 64), (128, 128), (192, 192), (704, 448), (2304, 1792)])
+def test_kernel_is_exact_to_the_rounding(shape, dtype):
+    blob = random_blob(shape, dtype)
+    for rows in (1, 17, 128, 300, 1000):
+        x = random_x(rows, shape[1], dtype)
+        got = jax.jit(prefill)(x, blob)
+        assert relative(got, exact(x, blob)) < 1.5 * rounding(dtype), rows
+
+
+@pytest.mark.gpu
+@needs_hopper
+@needs_build
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_every_plan_gives_the_same_bits(dtype):
+    blob, x = random_blob((2112, 448), dtype), random_x(1500, 448, dtype)
+    want = np.asarray(prefill(x, blob, plan=PLANS[0]))
+    assert relative(want, exact(x, blob)) < 1.5 * rounding(dtype)
+    for plan in PLANS[1:]:
+        np.testing.assert_array_equal(prefill(x, blob, plan=plan), want, err_msg=str(plan))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@needs_build
+def test_a_long_run_gives_the_same_bits_again():
+    """A race between copies and products would show as other bits in some run."""
+    blob, x = random_blob((4096, 4096)), random_x(3000, 4096)
+    for plan in PLANS:
+        run = jax.jit(functools.partial(prefill, plan=plan))
+        want = np.asarray(run(x, blob))
+        assert relative(want[:64], exact(x[:64], blob)) < 1.5 * rounding(x.dtype), plan
+        for _ in range(20):
+            np.testing.assert_array_equal(run(x, blob), want, err_msg=str(plan))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@needs_build
+def test_infinity_and_nan_reach_the_outputs_that_keep_their_channel():
+    blob = random_blob((64, 64))
+    dense = np.asarray(decompress24(compressed24_of(blob)))
+    x = random_x(40, 64).at[0, 3].set(jnp.inf).at[33, 5].set(jnp.nan)
+    y = np.asarray(prefill(x, blob))
+    np.testing.assert_array_equal(np.isinf(y[0]), dense[:, 3] != 0)
+    np.testing.assert_array_equal(np.isnan(y[33]), dense[:, 5] != 0)
+    assert np.isfinite(np.delete(y, (0, 33), axis=0)).all()
+
+
+@pytest.mark.gpu
+@needs_hopper
+@needs_build
+def test_in_a_scan_it_is_captured():
+    blobs = jnp.stack([random_blob((128, 128), seed=seed).data for seed in range(4)])
+    x = random_x(200, 128)
+
+    @jax.jit
+    def run(x, blobs):
+        def layer(x, data):
+            return _ffi_cuda.prefill(x, data, out=128) / 8, None
+
+        return jax.lax.scan(layer, x, blobs)[0]
+
+    want = x
+    for data in blobs:
+        want = _ffi_cuda.prefill(want, data, out=128) / 8
+    np.testing.assert_array_equal(run(x, blobs), want)

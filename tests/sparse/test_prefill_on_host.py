@@ -1,0 +1,69 @@
+"""The prefill kernel's own source, run on the host: its blocks, copies, barriers and products."""
+
+import ctypes
+
+import host_build
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decode_cases import random_blob, random_x, relative, rounding
+
+from esparse_jax.sparse import compressed24_of, decompress24
+
+NO_INSTANCE = 1
+
+
+@pytest.fixture(scope="session")
+def on_host(tmp_path_factory):
+    host_build.require_float16()
+    file = tmp_path_factory.mktemp("prefill") / "prefill.so"
+    host_build.build(file, "cuda/testing/prefill_on_host.cc", flags=("-O2",))
+    return ctypes.CDLL(str(file)).esparse_prefill_on_host
+
+
+def _run(on_host, x, blob, *, tile=128, stages=2, cluster=1, group=2, clusters=1, late=(0, 0)):
+    """The status, and what the kernel wrote. `late`: whether copies and products take place when
+    they are waited for; else when they are asked for.
+    """
+    (rows, channels), out = x.shape, blob.shape[0]
+    data, x_bytes = np.array(blob.data), np.array(x)
+    y = np.full((rows + 1, out), np.nan, x.dtype)  # nobody may write the last row
+
+    def pointer(array):
+        return array.ctypes.data_as(ctypes.c_void_p)
+
+    status = on_host(
+        int(x.dtype == jnp.bfloat16), *map(ctypes.c_int64, (rows, out, channels)), tile, stages,
+        cluster, group, clusters, *late, int(any(late)), *map(pointer, (data, x_bytes, y)),
+    )  # fmt: skip
+    assert np.isnan(y[rows:].astype(np.float32)).all()
+    return status, y[:rows]
+
+
+def _exact(x, blob) -> np.ndarray:
+    weight = np.asarray(decompress24(compressed24_of(blob)), np.float64)
+    return np.asarray(x, np.float64) @ weight.T
+
+
+@pytest.mark.parametrize("late", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(("rows", "shape", "plan"), [
+    (1, (64, 64), {}),
+    (40, (128, 192), {}),
+    (300, (192, 128), {"clusters": 2, "group": 1}),  # several tiles, the last ones not whole
+    (130, (320, 192), {"cluster": 2}),  # a block with one warpgroup's outputs
+    (150, (576, 128), {"cluster": 4, "group": 3}),  # and blocks with none
+    (150, (192, 320), {"stages": 8}),
+    (300, (192, 192), {"tile": 256, "stages": 5, "cluster": 2}),
+])  # fmt: skip
+def test_the_kernels_source_computes_the_product(on_host, rows, shape, plan, dtype, late):
+    blob, x = random_blob(shape, dtype), random_x(rows, shape[1], dtype)
+    status, got = _run(on_host, x, blob, **plan, late=late)
+    assert status == 0
+    assert relative(got, _exact(x, blob)) < 1.5 * rounding(dtype)
+
+
+def test_instances_that_are_not_there_are_refused(on_host):
+    blob, x = random_blob((64, 64)), random_x(1, 64)
+    for plan in ({"tile": 64}, {"stages": 3}, {"cluster": 3}):
+        assert _run(on_host, x, blob, **plan)[0] == NO_INSTANCE
