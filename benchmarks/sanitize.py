@@ -6,9 +6,10 @@ Runs itself under each tool. `products`: every instance of a decode step's produ
 both widths, one to four tiles), with all that can be fused to it, in calls alone and in a chain.
 `attentions`, from compute capability 9.0 on: every instance of a decode step's attention (both
 dtypes, both head sizes, all numbers of query heads to a key, all cluster sizes), with and without
-padding, and prefetch with an order of the result. `norms`: every instance of the norm of a prompt's
-rows, with all that it may be given. Exit status 1 where a tool reports an error, where a result is
-wrong, or where a part did not run. compute-sanitizer is part of the CUDA toolkit.
+padding, and prefetch with an order of the result. `prompts`, on compute capability 9.0: every
+instance of the prefill kernel, over tiles that are not whole. `norms`: every instance of the norm
+of a prompt's rows, with all that it may be given. Exit status 1 where a tool reports an error,
+where a result is wrong, or where a part did not run. compute-sanitizer is part of the CUDA toolkit.
 """
 
 import itertools
@@ -27,7 +28,7 @@ import tyro
 
 from esparse_jax.models import _ffi_attention, _ffi_norm
 from esparse_jax.sparse import _ffi_cuda as ffi
-from esparse_jax.sparse import blob24, compress24
+from esparse_jax.sparse import blob24, compress24, this_machine
 from esparse_jax.sparse._timing import random_24
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -55,9 +56,14 @@ _ERRORS = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) 
 _RAN = {
     "products": re.compile(r"^[1-9]\d* products compared", re.M),
     "attentions": re.compile(r"^(?:[1-9]\d* attentions compared|attention left out: .*)", re.M),
+    "prompts": re.compile(r"^(?:[1-9]\d* prompts compared|prefill left out: .*)", re.M),
     "norms": re.compile(r"^[1-9]\d* norms compared", re.M),
 }
 PARTS = tuple(_RAN)
+# Of the prefill kernel: outputs that leave blocks of a cluster without any, rows that do not fill
+# the last tile, and all its instances.
+PROMPT_SHAPE, PROMPT_ROWS = (704, 448), 600
+PROMPT_PLANS = (ffi.PREFILL_PLAN_VALUES["rows"], ffi.PREFILL_PLAN_VALUES["cluster"])
 # Rows and channels of the norms: one to four rows share a block, and the last one is not full.
 NORMS = ((6, 2056), (5, 8192), (2, 24320))
 
@@ -67,7 +73,7 @@ class Arguments:
     """Which tools to run."""
 
     tools: tuple[str, ...] = TOOLS
-    parts: tuple[Literal["products", "attentions", "norms"], ...] = PARTS
+    parts: tuple[Literal["products", "attentions", "prompts", "norms"], ...] = PARTS
     compute_sanitizer: Path | None = None
     inside: bool = False
     """Run the kernels themselves, as the tools do."""
@@ -273,6 +279,25 @@ def _compare_step(step: Step, attended: np.ndarray, keys: np.ndarray, values: np
             )
 
 
+def prompts() -> int:
+    """Runs products of many rows and compares each with float64; how many there were."""
+    out, channels, compared = *PROMPT_SHAPE, 0
+    for dtype in ffi.DTYPES:
+        weight = random_24(jax.random.key(0), out, channels, dtype)
+        data = blob24(compress24(weight)).data
+        exact = np.asarray(weight, np.float64).T
+        x = jax.random.normal(jax.random.key(1), (PROMPT_ROWS, channels)).astype(dtype)
+        want = np.asarray(x, np.float64) @ exact
+        for rows, cluster in itertools.product(*PROMPT_PLANS):
+            plan = {"rows": rows, "cluster": cluster, "group": 2}
+            y = jax.jit(lambda x, data, plan=plan: ffi.prefill(x, data, out=out, plan=plan))(
+                x, data
+            )
+            _compare(y, want, float(jnp.finfo(dtype).eps), "a prompt", axis=1)
+            compared += 1
+    return compared
+
+
 def norms() -> int:
     """Runs the norms of rows and compares each with float64; how many there were."""
     random, compared = np.random.default_rng(0), 0
@@ -323,6 +348,12 @@ def main(arguments: Arguments) -> int:
                 print(f"{attentions()} attentions compared")
             else:
                 print("attention left out: its kernel needs compute capability 9.0")
+        if "prompts" in arguments.parts:
+            machine = this_machine()
+            if ffi.prefill_runs(machine and machine.capability):
+                print(f"{prompts()} prompts compared")
+            else:
+                print("prefill left out: its kernel is for compute capability 9.0")
         if "norms" in arguments.parts:
             print(f"{norms()} norms compared")
         return 0

@@ -7,6 +7,7 @@ from esparse_jax.files.directory import read_config, require_directory
 from esparse_jax.models import PUBLISHED_SHAPES, product_shapes, published_shapes
 from esparse_jax.models.llama import LlamaConfig
 from esparse_jax.sparse import Record, TuningTable, why_not_tuned
+from esparse_jax.sparse.table import KernelTime
 
 Shape = tuple[int, int]
 DTYPES = ("float16", "bfloat16")
@@ -77,7 +78,8 @@ def _config(model: Path | None) -> LlamaConfig | None:
 
 
 HEADER = (
-    f"{'out x channels':>15s} {'rows':>6s} {'dense':>9s} {'decode':>9s} {'cuSPARSELt':>11s}  "
+    f"{'out x channels':>15s} {'rows':>6s} {'dense':>9s} {'decode':>9s} {'prefill':>9s} "
+    f"{'cuSPARSELt':>11s}  "
     f"{'algorithm':<16s} {'dense / 2:4':>11s}"
 )
 
@@ -107,10 +109,7 @@ def record_lines(records: Sequence[Record]) -> list[str]:
 
 
 def _line(record: Record) -> str:
-    decode, library, algorithm = "-", "-", ""
-    if record.decode is not None:
-        own_plan = record.decode.plan is not None
-        decode = f"{record.decode.microseconds:.2f}" + ("*" if own_plan else "")
+    library, algorithm = "-", ""
     if record.cusparselt is not None:
         library = f"{record.cusparselt.microseconds:.2f}"
         chosen = record.cusparselt.algorithm
@@ -119,6 +118,14 @@ def _line(record: Record) -> str:
     ratio = "-" if dense is None or sparse is None else f"{dense / sparse:.2f}"
     return (
         f"{f'{record.out}x{record.channels}':>15s} {record.rows:6d} "
-        f"{'-' if dense is None else f'{dense:.2f}':>9s} {decode:>9s} {library:>11s}  "
+        f"{'-' if dense is None else f'{dense:.2f}':>9s} {_kernel(record.decode):>9s} "
+        f"{_kernel(record.prefill):>9s} {library:>11s}  "
         f"{algorithm:<16s} {ratio:>11s}"
     )
+
+
+def _kernel(time: KernelTime | None) -> str:
+    """Microseconds of one of our kernels; a star where a plan beats its own rule."""
+    if time is None:
+        return "-"
+    return f"{time.microseconds:.2f}" + ("" if time.plan is None else "*")

@@ -33,8 +33,8 @@ PLAN_VALUES = {
 PLAN_FIELDS = tuple(PLAN_VALUES)
 MOST_WARPS = 16  # of a multiprocessor
 
-# What a plan of the prefill kernel may be; see ffi/cuda/prefill.h.
 PREFILL_CAPABILITY = "9.0"  # whose instructions the prefill kernel is made of
+# What a plan of it may be; see ffi/cuda/prefill.h.
 PREFILL_PLAN_VALUES = {"rows": (128, 256), "cluster": (1, 2, 4), "group": tuple(range(1, 65))}
 
 # What the decode kernel does around the product, by the numbers of ffi/cuda/decode_args.h.

@@ -303,13 +303,19 @@ def _batchable_blob(choice: _Choice):
         call = functools.partial(_ffi_cuda.prefill, out=shape[0], plan=plan)
         return jax.lax.platform_dependent(x, data, cuda=call, **default)
 
-    def library(x, data, readers, algorithm, **default):
-        """By cuSPARSELt on its platform, and where it is lowered for another, by the default."""
+    def library(x, data, readers, best, **default):
+        """By cuSPARSELt on its platform, and where it is lowered for another, by the default.
+
+        By the algorithm that was asked for, by the one that was measured to be the best, or by its
+        own choice.
+        """
+        rows = x.shape[0]
+        taken = algorithm or _fitting(choice, best, rows, readers)
+        if algorithm is None and best is None and choice.table is not None:
+            _say_untuned(choice.dtype.name, rows)
 
         def call(x, data):
-            return _ffi_cusparselt.matmul(
-                x, data, out=shape[0], readers=readers, algorithm=algorithm
-            )
+            return _ffi_cusparselt.matmul(x, data, out=shape[0], readers=readers, algorithm=taken)
 
         opened = _ffi_cusparselt.opened_library()
         platform = "cuda" if opened is None else opened.platform
@@ -324,8 +330,7 @@ def _batchable_blob(choice: _Choice):
                 return prefilled(x, data, way.plan, default=unpacked)
             readers = blob24_readers() if _ffi_cusparselt.opened_library() else ()
             if readers:
-                taken = algorithm or _fitting(choice, way.algorithm, x.shape[0], readers)
-                return library(x, data, readers, taken, default=unpacked)
+                return library(x, data, readers, way.algorithm, default=unpacked)
         _log_unpacked(x.shape[0])
         return unpacked(x, data)
 
@@ -337,13 +342,13 @@ def _batchable_blob(choice: _Choice):
             record = _measured(choice, rows)
             measured = record is not None and record.cusparselt is not None
             best = record.cusparselt.algorithm if measured else _nearest(choice, rows)
-            return library(x, data, readers, algorithm or _fitting(choice, best, rows, readers))
+            return library(x, data, readers, best)
         if backend == "decode":
             return decode(x, data)
         if backend == "prefill" and rows > 0:
             return prefilled(x, data)
         if backend == "cusparselt":
-            return library(x, data, _require_readers(), algorithm)
+            return library(x, data, _require_readers(), None)
         if backend is None and rows > 0:
             return fastest(x, data)
         return unpacked(x, data)
@@ -376,10 +381,7 @@ def _nearest(choice: _Choice, rows: int) -> Algorithm | None:
     if choice.table is None or rows == 0:
         return None
     table = resolve_table(choice.table)
-    found = None if table is None else table.nearest_algorithm(choice.shape, choice.dtype, rows)
-    if found is None and rows > _ffi_cuda.MAX_ROWS and choice.algorithm is None:
-        _log_untuned(choice.dtype.name)
-    return found
+    return None if table is None else table.nearest_algorithm(choice.shape, choice.dtype, rows)
 
 
 def _prefill_runs(choice: _Choice) -> bool:
@@ -511,18 +513,21 @@ def _log_unpacked(rows: int) -> None:
     )
 
 
+def _say_untuned(dtype: str, rows: int) -> None:
+    """On a GPU, says that the library chooses for itself where that is its work."""
+    if rows > _ffi_cuda.MAX_ROWS and this_machine() is not None:
+        _log_untuned(dtype)
+
+
 @functools.cache
 def _log_untuned(dtype: str) -> None:
-    """Says once for a dtype that the library chooses for itself."""
-    if this_machine() is not None and _ffi_cusparselt.opened_library() is not None:
-        _LOGGER.warning(
-            "no %s product of more than %d rows was measured on this GPU with this cuSPARSELt, "
-            "whose own choice of algorithm may be slower than a dense product: run `esparse tune "
-            "--dtype %s`, or load the model in a dtype that was measured.",
-            dtype,
-            _ffi_cuda.MAX_ROWS,
-            dtype,
-        )
+    _LOGGER.warning(
+        "no %s product near to one of this many rows was measured on this GPU with this "
+        "cuSPARSELt, whose own choice of algorithm may be slower than a dense product: run "
+        "`esparse tune --dtype %s`, or load the model in a dtype that was measured.",
+        dtype,
+        dtype,
+    )
 
 
 @functools.cache

@@ -204,7 +204,8 @@ def _product(dtype: str, out: int, channels: int, rows: int) -> str:
 def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
     """The records of both; where both have one, the newer's.
 
-    But what a search of some algorithms found replaces what a full one did only where it is faster.
+    But what a search of some algorithms found replaces what a full one did only where it is faster;
+    the prefill kernel, which such a search has in full, is taken over where there was none.
 
     Raises:
         ValueError: They are for different machines.
@@ -219,6 +220,8 @@ def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
         before = records.get(record.key)
         if before is None or not record.partial or before.partial or _faster(record, before):
             records[record.key] = record
+        elif before.prefill is None and record.prefill is not None:
+            records[record.key] = dataclasses.replace(before, prefill=record.prefill)
     return TuningTable(newer.machine, newer.jax, tuple(records.values()))
 
 

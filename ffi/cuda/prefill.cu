@@ -23,8 +23,13 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
 cudaError_t FindEncoder(decltype(&cuTensorMapEncodeTiled)* encode) {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
-  ESPARSE_CUDA_RETURN_IF_ERROR(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
-                                                                12000, cudaEnableDefault, &result));
+  constexpr const char* kName = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
+  ESPARSE_CUDA_RETURN_IF_ERROR(
+      cudaGetDriverEntryPointByVersion(kName, &found, 12000, cudaEnableDefault, &result));
+#else
+  ESPARSE_CUDA_RETURN_IF_ERROR(cudaGetDriverEntryPoint(kName, &found, cudaEnableDefault, &result));
+#endif
   if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   *encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
   return cudaSuccess;

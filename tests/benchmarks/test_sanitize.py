@@ -12,6 +12,7 @@ import pytest
 from esparse_jax.models.attention import cached_attention
 from esparse_jax.models.cache import LayerCache
 from esparse_jax.models.llama import rotate
+from esparse_jax.sparse import Blob24, sparse_matmul
 
 
 @pytest.fixture(scope="module")
@@ -158,23 +159,31 @@ def test_a_result_in_another_order_is_found(sanitize, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("runs", "line"),
+    ("runs", "lines"),
     [
-        (True, "7 attentions compared"),
-        (False, "attention left out: its kernel needs compute capability 9.0"),
+        (True, ["7 attentions compared", "8 prompts compared"]),
+        (
+            False,
+            [
+                "attention left out: its kernel needs compute capability 9.0",
+                "prefill left out: its kernel is for compute capability 9.0",
+            ],
+        ),
     ],
 )
-def test_what_is_printed_inside_satisfies_the_parent(module, monkeypatch, capsys, runs, line):
+def test_what_is_printed_inside_satisfies_the_parent(module, monkeypatch, capsys, runs, lines):
     monkeypatch.setattr(module, "products", lambda: 5)
     monkeypatch.setattr(module, "attentions", lambda: 7)
+    monkeypatch.setattr(module, "prompts", lambda: 8)
     monkeypatch.setattr(module, "norms", lambda: 9)
     monkeypatch.setattr(module._ffi_attention, "_runs", lambda: runs)
+    monkeypatch.setattr(module.ffi, "prefill_runs", lambda capability: runs)
     assert module.main(module.Arguments(inside=True)) == 0
     inside = capsys.readouterr().out
-    assert inside.splitlines() == ["5 products compared", line, "9 norms compared"]
+    assert inside.splitlines() == ["5 products compared", *lines, "9 norms compared"]
     summary = "========= ERROR SUMMARY: 0 errors\n"
     assert _parent(module, monkeypatch, inside + summary) == 0
-    ran = f"5 products compared, {line}, 9 norms compared"
+    ran = f"5 products compared, {', '.join(lines)}, 9 norms compared"
     assert capsys.readouterr().out == f"memcheck: 0 errors, {ran}\n"
 
 
@@ -189,26 +198,44 @@ def _parent(module, monkeypatch, text, returncode=0):
 
 
 @pytest.mark.parametrize(
-    ("products", "attentions", "norms", "summary", "returncode"),
+    ("products", "attentions", "prompts", "norms", "summary", "returncode"),
     [
-        ("", "7 attentions", "9 norms", "ERROR SUMMARY: 0 errors", 0),
-        ("5 products", "", "9 norms", "ERROR SUMMARY: 0 errors", 0),
-        ("5 products", "0 attentions", "9 norms", "ERROR SUMMARY: 0 errors", 0),
-        ("5 products", "7 attentions", "", "ERROR SUMMARY: 0 errors", 0),
-        ("5 products", "7 attentions", "0 norms", "ERROR SUMMARY: 0 errors", 0),
-        ("5 products", "7 attentions", "9 norms", "ERROR SUMMARY: 1 error", 0),
-        ("5 products", "7 attentions", "9 norms", "", 0),
-        ("5 products", "7 attentions", "9 norms", "ERROR SUMMARY: 0 errors", 1),
+        ("", "7 attentions", "8 prompts", "9 norms", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "", "8 prompts", "9 norms", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "0 attentions", "8 prompts", "9 norms", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "7 attentions", "8 prompts", "", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "7 attentions", "8 prompts", "0 norms", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "7 attentions", "8 prompts", "9 norms", "ERROR SUMMARY: 1 error", 0),
+        ("5 products", "7 attentions", "", "9 norms", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "7 attentions", "0 prompts", "9 norms", "ERROR SUMMARY: 0 errors", 0),
+        ("5 products", "7 attentions", "8 prompts", "9 norms", "", 0),
+        ("5 products", "7 attentions", "8 prompts", "9 norms", "ERROR SUMMARY: 0 errors", 1),
     ],
 )
 def test_what_did_not_run_is_no_success(
-    module, monkeypatch, products, attentions, norms, summary, returncode
+    module, monkeypatch, products, attentions, prompts, norms, summary, returncode
 ):
-    compared = [f"{some} compared" for some in (products, attentions, norms) if some]
+    compared = [f"{some} compared" for some in (products, attentions, prompts, norms) if some]
     text = "\n".join((*compared, summary))
     assert _parent(module, monkeypatch, text, returncode) == 1
 
 
 def test_no_part_is_no_success(module, capsys):
     assert module.main(module.Arguments(parts=())) == 2
-    assert "--parts products, attentions, norms" in capsys.readouterr().err
+    assert "--parts products, attentions, prompts, norms" in capsys.readouterr().err
+
+
+def test_prompts_are_compared(module, monkeypatch):
+    plans = []
+
+    def product(x, data, *, out, plan):
+        plans.append((plan["rows"], plan["cluster"]))
+        weight = Blob24(data, (out, x.shape[1]), x.dtype)
+        return sparse_matmul(x, weight, backend="reference")
+
+    monkeypatch.setattr(module.ffi, "prefill", product)
+    assert module.prompts() == 12
+    assert set(plans) == {(rows, cluster) for rows in (128, 256) for cluster in (1, 2, 4)}
+    monkeypatch.setattr(module.ffi, "prefill", lambda *a, **k: product(*a, **k).at[599, 3].add(9))
+    with pytest.raises(SystemExit, match=r"a prompt is .* from float64"):
+        module.prompts()

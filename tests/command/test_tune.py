@@ -68,7 +68,7 @@ def test_shapes_are_measured_shown_and_kept(worker, tmp_path, capsys):
     ]  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["out", "x", "channels"]
-    assert lines[1].split() == ["128x64", "64", "30.00", "-", "12.50", "1", "2.40"]
+    assert lines[1].split() == ["128x64", "64", "30.00", "-", "-", "12.50", "1", "2.40"]
     assert "left out: 512x256: cusparselt, id 0: with 64 rows: wrong numbers, 9 times too far" in (
         lines
     )
@@ -208,16 +208,18 @@ def test_lines_show_what_there_is():
         Record(64, 128, "float16", 1, 10.0, KernelTime(4.0, {"tiles": 1})),
         Record(64, 128, "float16", 8, None, KernelTime(4.0)),
         Record(64, 128, "float16", 16, 10.0, None, LibraryTime(8.0, Algorithm(7, split_k=-1))),
+        Record(64, 128, "float16", 32, 10.0, prefill=KernelTime(5.0, {"rows": 128})),
         Record(64, 128, "bfloat16", 16, 10.0),
         Record(64, 64, "float16", 16, 10.0),
     )
     table = TuningTable(MACHINE, "1", records)
     asked = asked_for(table, [(64, 128)], "float16", (1, 8, 16, 32))
-    assert asked == list(records[:3])
+    assert asked == list(records[:4])
     assert asked_for(None, [(64, 128)], "float16", (1,)) == record_lines([]) == []
     lines = [line.split() for line in record_lines(asked)]
     assert lines[1:] == [
-        ["64x128", "1", "10.00", "4.00*", "-", "2.50"],
-        ["64x128", "8", "-", "4.00", "-", "-"],
-        ["64x128", "16", "10.00", "-", "8.00", "7,", "split_k", "-1", "1.25"],
+        ["64x128", "1", "10.00", "4.00*", "-", "-", "2.50"],
+        ["64x128", "8", "-", "4.00", "-", "-", "-"],
+        ["64x128", "16", "10.00", "-", "-", "8.00", "7,", "split_k", "-1", "1.25"],
+        ["64x128", "32", "10.00", "-", "5.00*", "-", "2.00"],
     ]

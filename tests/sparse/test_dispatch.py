@@ -324,7 +324,9 @@ def is_prefill(text: str) -> bool:
 
 
 @needs_prefill
-def test_the_prefill_kernel_is_taken_where_it_was_faster(h200, hopper):
+def test_the_prefill_kernel_is_taken_where_it_was_faster(h200, hopper, caplog, monkeypatch):
+    monkeypatch.setattr(matmul_file, "_log_untuned", functools.cache(_log_untuned.__wrapped__))
+
     def measured(prefill, **changes):
         kernel = KernelTime(prefill, {"rows": 128, "cluster": 4})
         return table(dataclasses.replace(record(64, library=5.0), prefill=kernel, **changes))
@@ -335,6 +337,11 @@ def test_the_prefill_kernel_is_taken_where_it_was_faster(h200, hopper):
         assert "plan = dense<[128, 4, 0]>" in text
         assert is_prefill(lowered_here(33))  # the record is of 64 rows
         assert algorithm_of(lowered_here(64, algorithm=Algorithm(3))) == 3
+    no_library = record(256)
+    kernel = KernelTime(4.0)
+    with use_table(table(dataclasses.replace(no_library, prefill=kernel))):
+        assert is_prefill(lowered_here(256))  # and nothing is said of the library
+    assert not caplog.records
     with use_table(measured(6.0)):
         assert algorithm_of(lowered_here(64)) == 5
     with use_table(table(record(128, library=5.0))):
@@ -400,7 +407,7 @@ def test_a_dtype_that_was_not_measured_is_said_once(h200, packaged, caplog, monk
         for rows in (64, 128):
             assert algorithm_of(lowered_here(rows)) == -1
     (line,) = [r.getMessage() for r in caplog.records]
-    assert "no float16 product of more than 16 rows was measured on this GPU" in line
+    assert "no float16 product near to one of this many rows was measured on this GPU" in line
     assert "`esparse tune --dtype float16`" in line
 
 

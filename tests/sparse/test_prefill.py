@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,15 @@ def test_a_plan_is_handed_over():
 def test_mistakes_are_explained(plan, match):
     with pytest.raises(ValueError, match=match):
         prefill(random_x(40, 128), random_blob((64, 128)), plan=plan)
+
+
+def test_a_build_without_it_says_so(monkeypatch):
+    extension = ModuleType("extension")
+    extension.HAS_CUDA, extension.CUDA_PREFILL_TARGET = True, None
+    monkeypatch.setattr(_ffi_cuda.native, "extension", lambda: extension)
+    assert not _ffi_cuda.prefill_runs("9.0")
+    with pytest.raises(RuntimeError, match=r"compute capability 9\.0.*must name 90"):
+        prefill(random_x(40, 128), random_blob((64, 128)))
 
 
 # ---- on a Hopper GPU

@@ -223,6 +223,12 @@ def test_what_some_algorithms_gave_replaces_a_full_search_only_where_it_is_faste
     assert merged(faster, slower) is slower
     assert merged(faster, full) is full
     assert merged(with_library(None, False), slower) is slower
+    kernel = KernelTime(7.0, {"rows": 128})
+    with_prefill = merged(full, dataclasses.replace(slower, prefill=kernel))
+    assert with_prefill == dataclasses.replace(full, prefill=kernel)
+    assert (
+        merged(with_prefill, dataclasses.replace(slower, prefill=KernelTime(5.0))) is with_prefill
+    )
 
 
 # ---- what is no table

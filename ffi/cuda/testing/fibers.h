@@ -85,13 +85,22 @@ class Fiber {
   void SyncBlock() { Meet(&running_->blocks_[rank_]); }
   void SyncCluster() { Meet(&running_->all_); }
 
+  // All that are expected there.
+  void Meet(Meeting* meeting) {
+    const int64_t time = meeting->times;
+    ++running_->steps_;
+    if (++meeting->arrived == meeting->expected) {
+      meeting->arrived = 0;
+      ++meeting->times;
+    }
+    WaitUntil([&] { return meeting->times != time; });
+  }
   // Until something holds that other threads bring about; who does says so.
   template <typename Condition>
   void WaitUntil(Condition holds) {
     while (!holds()) swapcontext(&context_, &running_->scheduler_);
   }
   void SayProgress() { ++running_->steps_; }
-  void MeetAt(Meeting* meeting) { Meet(meeting); }
 
   // Whether all threads of a block of the cluster have.
   bool HasEnded(int rank) const { return running_->left_[rank] == 0; }
@@ -120,16 +129,6 @@ class Fiber {
   static constexpr size_t kStackBytes = 128 << 10;
 
   int Warp() const { return (rank_ * running_->cluster_.block_threads + thread_) / kWarpThreads; }
-
-  void Meet(Meeting* meeting) {
-    const int64_t time = meeting->times;
-    ++running_->steps_;
-    if (++meeting->arrived == meeting->expected) {
-      meeting->arrived = 0;
-      ++meeting->times;
-    }
-    while (meeting->times == time) swapcontext(&context_, &running_->scheduler_);
-  }
 
   static void Enter(unsigned high, unsigned low) {
     auto* fiber = reinterpret_cast<Fiber*>((static_cast<uintptr_t>(high) << 32) | low);

@@ -105,7 +105,7 @@ class Host {
   int Rank() const { return fiber_.Rank(); }
   uint32_t Shared() const { return 0; }
   void SyncWarp() { fiber_.SyncWarp(); }
-  void SyncGroup(int group) { fiber_.MeetAt(&GroupOf(group).meeting); }
+  void SyncGroup(int group) { fiber_.Meet(&GroupOf(group).meeting); }
   template <int kCluster>
   void SyncAll() {
     fiber_.SyncCluster();
