@@ -2,6 +2,8 @@
 
 import importlib.resources
 import os
+import shutil
+import tempfile
 
 import hypothesis
 import jax
@@ -15,6 +17,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("esparse")
 
+SHARED_SECONDS = 0.2  # what compiles faster is not worth a file
+
 
 def pytest_configure(config):
     """The suite is for the CPU, also where there is a GPU; `-m gpu` is for the GPU.
@@ -25,11 +29,28 @@ def pytest_configure(config):
     if not for_gpu and "JAX_PLATFORMS" not in os.environ:
         os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
         jax.config.update("jax_platforms", "cpu")
+        _share_compilations(config)
         return
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers share its memory
     if jax.default_backend() == "gpu":
         # Products of float32 in full, not of its first 10 bits: what the tolerances are made for.
         jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _share_compilations(config):
+    """What one process of the suite compiled, the others and those that tests start load.
+
+    Compilations are most of its time. Nothing is kept for the next run.
+    """
+    # The user's own, or that of the process that started this one.
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="esparse-jax-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(SHARED_SECONDS)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", SHARED_SECONDS)
 
 
 # Rooms whose tests drive whole models: nearly all their time is compilation, and what they check

@@ -35,7 +35,12 @@ MOST_WARPS = 16  # of a multiprocessor
 
 PREFILL_CAPABILITY = "9.0"  # whose instructions the prefill kernel is made of
 # What a plan of it may be; see ffi/cuda/prefill.h.
-PREFILL_PLAN_VALUES = {"rows": (128, 256), "cluster": (1, 2, 4), "group": tuple(range(1, 65))}
+PREFILL_PLAN_VALUES = {
+    "rows": (64, 128, 256),
+    "cluster": (1, 2),
+    "group": tuple(range(1, 65)),
+    "split": tuple(range(1, 9)),
+}
 
 # What the decode kernel does around the product, by the numbers of ffi/cuda/decode_args.h.
 _NORM, _SWIGLU, _RESIDUAL, _PERMUTE, _SCATTER = 1, 2, 4, 8, 16
@@ -76,6 +81,10 @@ def _require_fields(plan: Mapping[str, int], allowed: Mapping[str, tuple[int, ..
 def require_prefill_plan(plan: Mapping[str, int]) -> None:
     """Refuses what is no plan of the prefill kernel, by ffi/cuda/prefill.h."""
     _require_fields(plan, PREFILL_PLAN_VALUES)
+    if plan.get("cluster") == 2 and (plan.get("rows", 256) != 256 or plan.get("split", 1) != 1):
+        raise ValueError(
+            f"a plan with a cluster of 2 blocks has 256 rows and splits nothing; got {dict(plan)}."
+        )
 
 
 def require_plan(plan: Mapping[str, int]) -> None:
@@ -239,8 +248,9 @@ def prefill(
     Args:
         blob: `Blob24.data` of a weight with `out` outputs.
         plan: How the work is cut, where the kernel's own rule is not the best: the rows of x that a
-            block multiplies at a time, the blocks of a cluster, and how many tiles of rows are
-            walked together.
+            block multiplies at a time, the blocks that share what they load of x, how many tiles of
+            rows are walked together, and how many blocks split the channels of a tile (the sum of
+            their parts is rounded as any other sum in float32, so its last bits are others).
 
     Raises:
         RuntimeError: The extension was built without it.

@@ -47,10 +47,11 @@ def sparse_matmul(
 
     On NVIDIA GPUs a weight in its device form is multiplied in the way that was measured to be the
     fastest for this GPU, shape and number of rows (`esparse tune`; see `use_table`). Where nothing
-    was measured, up to 16 rows are multiplied by our decode kernel, and more by cuSPARSELt, where
-    that library is installed and reads the form (`library_blob_agrees`): by its best algorithm for
-    the nearest product that was measured, or else its own choice. Where it is not, and for a weight
-    left as `Compressed24`, plain JAX unpacks the weight at every call; one line is logged. A weight
+    was measured, up to 16 rows are multiplied by our decode kernel; more in the way that was best
+    for the nearest product that was measured, or else by our prefill kernel on GPUs of compute
+    capability 9.0 and by cuSPARSELt's own choice on others, where that library is installed and
+    reads the form (`library_blob_agrees`). Where it is not, and for a weight left as
+    `Compressed24`, plain JAX unpacks the weight at every call; one line is logged. A weight
     that the library compressed (`LibraryBlob24`) is multiplied by it alone, with any number of
     rows. Where `x` holds Inf, cuSPARSELt 0.8.0 gives NaN for an output that is -Inf; our kernels
     and plain JAX give -Inf.
@@ -340,8 +341,9 @@ def _batchable_blob(choice: _Choice):
         if made_by is not None:
             readers = (_ffi_cusparselt.reader(*made_by),)
             record = _measured(choice, rows)
-            measured = record is not None and record.cusparselt is not None
-            best = record.cusparselt.algorithm if measured else _nearest(choice, rows)
+            ways = [] if record is None else record.ways()
+            ways += _nearest(choice, rows)
+            best = next((way.algorithm for way in ways if way.kind == "cusparselt"), None)
             return library(x, data, readers, best)
         if backend == "decode":
             return decode(x, data)
@@ -376,12 +378,12 @@ def _measured(choice: _Choice, rows: int) -> Record | None:
     return None if table is None else table.find(choice.shape, choice.dtype, rows)
 
 
-def _nearest(choice: _Choice, rows: int) -> Algorithm | None:
-    """The library's algorithm for a product that was not measured."""
+def _nearest(choice: _Choice, rows: int) -> list[Way]:
+    """How the product nearest to this one is multiplied, where this one was not measured."""
     if choice.table is None or rows == 0:
-        return None
+        return []
     table = resolve_table(choice.table)
-    return None if table is None else table.nearest_algorithm(choice.shape, choice.dtype, rows)
+    return [] if table is None else table.nearest_ways(choice.shape, choice.dtype, rows)
 
 
 def _prefill_runs(choice: _Choice) -> bool:
@@ -393,24 +395,27 @@ def _prefill_runs(choice: _Choice) -> bool:
 
 
 def _ways(choice: _Choice, rows: int) -> list[Way]:
-    """How a `Blob24` may be multiplied: what was measured, the fastest first, then the usual, with
-    the algorithm that was best for the nearest product.
+    """How a `Blob24` may be multiplied: what was measured, the fastest first; then by the decode
+    kernel if there are few rows, as the nearest product, by the prefill kernel, and by the
+    library's own choice.
 
-    A decode kernel that crashed, hung or computed wrong numbers is not among them. The prefill
-    kernel, and for more than 16 rows the decode kernel, which is then called for every 16 of them,
-    are there only where they were measured, and an algorithm that is asked for decides for the
+    A decode kernel that crashed, hung or computed wrong numbers is not among them, nor such a
+    prefill kernel. For more than 16 rows the decode kernel, which is then called for every 16 of
+    them, is there only where that was measured, and an algorithm that is asked for decides for the
     library.
     """
     record, few = _measured(choice, rows), rows <= _ffi_cuda.MAX_ROWS
+    failed = {} if record is None else record.failed
     ways = [] if record is None else record.ways()
-    if few and not (record is not None and "decode" in record.failed):
+    if few:
         ways.append(Way("decode", math.inf))
-    ways.append(Way("cusparselt", math.inf, algorithm=_nearest(choice, rows)))
+    ways += _nearest(choice, rows)
+    ways += [Way("prefill", math.inf), Way("cusparselt", math.inf)]
     asked = choice.algorithm is not None
     pieces = record is not None and rows <= record.rows and not asked
     runs = {
-        "decode": _ffi_cuda.decode_available() and (few or pieces),
-        "prefill": _prefill_runs(choice) and not asked,
+        "decode": _ffi_cuda.decode_available() and (few or pieces) and "decode" not in failed,
+        "prefill": _prefill_runs(choice) and not asked and "prefill" not in failed,
         "cusparselt": True,
     }
     return [way for way in ways if runs[way.kind]]

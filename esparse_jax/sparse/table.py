@@ -162,39 +162,50 @@ class TuningTable:
         """
         return self._by_key.get((np.dtype(dtype).name, *shape, bucket(rows)))
 
-    def nearest_algorithm(self, shape: tuple[int, int], dtype: Any, rows: int) -> Algorithm | None:
-        """cuSPARSELt's best algorithm for the product nearest to one that was not measured.
+    def nearest_ways(self, shape: tuple[int, int], dtype: Any, rows: int) -> list[Way]:
+        """How many rows of the product nearest to one that was not measured are multiplied from the
+        device form, the fastest first.
 
-        Nearness is in factors: of rows first, then of outputs and channels. Other products' records
-        say nothing of how fast this one is, and decide nothing between the library and the rest.
+        Nearness is in factors: of rows first, then of outputs and channels. Its times are those of
+        another product, so they are left out, and so are what was cut for its shape: plans, and the
+        workspace of an algorithm.
 
         Args:
             shape: `(out, channel)` of the weight.
 
         Returns:
-            Without its workspace; None where none was measured in this dtype for a quarter to four
-            times the rows.
+            The prefill kernel and cuSPARSELt's algorithm, one or both; of a product that the
+            library was measured for, if there is one. Empty where nothing was measured in this
+            dtype for a quarter to four times the rows.
 
         Paper silent: the library's own choice was slower than dense in every product measured on an
-            H200; which algorithm is best follows the number of rows much more than the shape.
+            H200; which algorithm is best, and whether the prefill kernel is faster, follows the
+            dtype and the number of rows much more than the shape.
         """
 
-        def distance(record: Record) -> float:
+        def distance(record: Record) -> tuple[bool, float]:
             factors = (record.out / shape[0], record.channels / shape[1])
             apart = sum(abs(math.log2(factor)) for factor in factors)
-            return 4 * abs(math.log2(record.rows / bucket(rows))) + apart
+            far = 4 * abs(math.log2(record.rows / bucket(rows))) + apart
+            return record.cusparselt is None, far
 
         measured = [
             record
             for record in self.records
             if record.dtype == np.dtype(dtype).name
-            and record.cusparselt is not None
+            and (record.cusparselt is not None or record.prefill is not None)
             and record.rows / 4 <= bucket(rows) <= 4 * record.rows
         ]
         if not measured:
-            return None
-        algorithm = min(measured, key=distance).cusparselt.algorithm
-        return dataclasses.replace(algorithm, workspace_bytes=None)
+            return []
+        ways = []
+        for way in min(measured, key=distance).ways():
+            if way.kind == "prefill":
+                ways.append(Way("prefill", math.inf))
+            elif way.algorithm is not None:
+                algorithm = dataclasses.replace(way.algorithm, workspace_bytes=None)
+                ways.append(Way("cusparselt", math.inf, algorithm=algorithm))
+        return ways
 
 
 def _product(dtype: str, out: int, channels: int, rows: int) -> str:

@@ -23,6 +23,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -53,6 +54,8 @@ _BEHIND = 1.1
 # Errors of so many roundings are told from those of a kernel that went astray.
 _ROUNDINGS = 8
 _WRONG, _NOT_TRIED = "wrong numbers", "not tried, since others like it failed"
+# Tiles of rows of the prefill kernel, and for how many rows each may be the best.
+_PREFILL_TILES = ((64, 0, 128), (128, 64, 1024), (256, 128, math.inf))
 # Below so many outputs, segment-K was reported to hang on Hopper (vllmbench, cuSPARSELt 0.7.1).
 _SEGMENT_K_OUT = 400
 
@@ -131,10 +134,20 @@ def decode_plans() -> list[dict[str, int]]:
     return [plan for plan in plans if plan["warps"] * plan["blocks"] <= _ffi_cuda.MOST_WARPS]
 
 
-def prefill_plans() -> list[dict[str, int]]:
-    """Plans of the prefill kernel to choose from: 18."""
-    values = itertools.product((128, 256), (1, 2, 4), (4, 8, 16))
-    return [dict(zip(_ffi_cuda.PREFILL_PLAN_VALUES, value, strict=True)) for value in values]
+def prefill_plans(rows: int) -> list[dict[str, int]]:
+    """Plans of the prefill kernel that may be the best for so many rows: 6 to 13.
+
+    Its tiles of rows are not much larger than x nor a small part of it, and the channels are split
+    only where there may be fewer tiles than multiprocessors, or few more.
+    """
+    tiles = [tile for tile, least, most in _PREFILL_TILES if least < rows <= most]
+    splits = (2, 3, 4, 6, 8) if rows <= 2048 else ()
+    plans = [{"rows": tile, "cluster": 1, "split": split} for tile in tiles for split in splits]
+    groups = (4, 8, 16) if rows > 2048 else (8,)
+    for tile, group in itertools.product(tiles, groups):
+        for cluster in (1, 2) if tile == 256 and rows >= tile else (1,):
+            plans.append({"rows": tile, "cluster": cluster, "group": group, "split": 1})
+    return plans
 
 
 def library_algorithms(
@@ -383,7 +396,7 @@ class _Search:
         """The prefill kernel's own rule and its plans."""
         if not self._facts.get("prefill") or rows <= _ffi_cuda.MAX_ROWS:
             return []
-        plans = [{}, *prefill_plans()]
+        plans = [{}, *prefill_plans(rows)]
         return [Candidate("prefill", plan=tuple(plan.items())) for plan in plans]
 
     def _pieces(self, rows: int) -> list[Candidate]:

@@ -17,13 +17,15 @@ namespace esparse::cuda {
 
 // How the work is cut. Zero chooses by the shape.
 struct PrefillPlan {
-  int32_t rows = 0;     // of x that a block multiplies at a time: 128 or 256
-  int32_t cluster = 0;  // 1, 2 or 4 blocks, of neighbouring outputs, share the rows that they load
+  int32_t rows = 0;     // of x that a block multiplies at a time: 64, 128 or 256
+  int32_t cluster = 0;  // 1, or of 256 rows 2 blocks, of neighbouring outputs, share what they load
   int32_t group = 0;    // 1..64 tiles of rows that are walked together, for the second-level cache
+  int32_t split = 0;    // 1, or if cluster is 1 up to 8 blocks multiply a part of the channels each
 };
 
 // As it is handed over: its fields in their order.
-constexpr int kPrefillPlanFields = 3;
+constexpr int kPrefillPlanFields = 4;
+constexpr int kMostSplit = 8;
 
 // y = x W^T of a product without fusion, on a device of compute capability 9.0. All buffers start
 // at multiples of kAlignment.

@@ -29,6 +29,8 @@ namespace esparse::cuda {
 #define ESPARSE_TEN(t)                                                                             \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
   "9"
+#define ESPARSE_REGISTERS_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " ESPARSE_TEN(1) ", " ESPARSE_TEN(2) ", %30, %31"
 #define ESPARSE_REGISTERS_60                                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " ESPARSE_TEN(1) ", " ESPARSE_TEN(2) ", " ESPARSE_TEN( \
       3) ", " ESPARSE_TEN(4) ", " ESPARSE_TEN(5)
@@ -49,10 +51,11 @@ class PrefillGpu {
  public:
   // The matrices that copies read and write, described in parameters of the kernel.
   ESPARSE_DEVICE PrefillGpu(const void* shared, const CUtensorMap* values, const CUtensorMap* x,
-                            const CUtensorMap* y)
+                            const CUtensorMap* indices, const CUtensorMap* y)
       : shared_((static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023) & ~1023u),
         values_(values),
         x_(x),
+        indices_(indices),
         y_(y) {}
 
   ESPARSE_DEVICE int Thread() const { return threadIdx.x; }
@@ -65,18 +68,36 @@ class PrefillGpu {
     return rank;
   }
   ESPARSE_DEVICE uint32_t Shared() const { return shared_; }
+  // Whether this is the one thread of its warp that does what one has to. The compiler knows that
+  // no other does, which it cannot tell of a comparison.
+  ESPARSE_DEVICE bool Elect() const {
+    int elected;
+    asm volatile(
+        "{\n"
+        ".reg .pred mine;\n"
+        "elect.sync _|mine, 0xffffffff;\n"
+        "selp.b32 %0, 1, 0, mine;\n"
+        "}"
+        : "=r"(elected));
+    return elected;
+  }
   ESPARSE_DEVICE void SyncWarp() const { __syncwarp(); }
   ESPARSE_DEVICE void SyncGroup(int group) const {
     asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
   }
-  template <int kCluster>
+  ESPARSE_DEVICE void SyncWorkers() const {
+    asm volatile("bar.sync 3, %0;" ::"n"(kWorkers) : "memory");
+  }
+  // The cluster, or this block.
+  template <bool kCluster>
   ESPARSE_DEVICE void SyncAll() const {
-    if constexpr (kCluster > 1) {
+    if constexpr (kCluster) {
       SyncCluster();
     } else {
       __syncthreads();
     }
   }
+
   // ---- barriers: addresses of 8 bytes
 
   ESPARSE_DEVICE void InitBarrier(uint32_t barrier, int arrivals) const {
@@ -134,13 +155,8 @@ class PrefillGpu {
           : "memory");
     }
   }
-  ESPARSE_DEVICE void CopyBytes(uint32_t to, const void* from, uint32_t bytes,
-                                uint32_t barrier) const {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-        "[%3];" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier)
-        : "memory");
+  ESPARSE_DEVICE void CopyIndices(uint32_t to, int column, int row, uint32_t barrier) const {
+    CopyTile(to, indices_, column, row, barrier);
   }
   ESPARSE_DEVICE void StoreY(int column, int row, uint32_t from) const {
     asm volatile(
@@ -166,6 +182,26 @@ class PrefillGpu {
 
   ESPARSE_DEVICE void LoadShared(uint32_t address, uint32_t* first, uint32_t* second) const {
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(*first), "=r"(*second) : "r"(address));
+  }
+  ESPARSE_DEVICE void StoreShared(uint32_t address, float value) const {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+  }
+  // What lies at this address of the shared memory of a block of the cluster.
+  ESPARSE_DEVICE void LoadOfBlock(int rank, uint32_t address, float (&values)[8]) const {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %8, %9;\n"
+        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
+        "ld.shared::cluster.v4.f32 {%4, %5, %6, %7}, [there + 16];\n"
+        "}"
+        : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3]), "=f"(values[4]),
+          "=f"(values[5]), "=f"(values[6]), "=f"(values[7])
+        : "r"(address), "r"(rank)
+        : "memory");
+  }
+  ESPARSE_DEVICE void Store16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) const {
+    *static_cast<uint4*>(to) = {a, b, c, d};
   }
   ESPARSE_DEVICE uint32_t Bytes(uint32_t low, uint32_t high, uint32_t which) const {
     return __byte_perm(low, high, which);
@@ -210,17 +246,21 @@ class PrefillGpu {
   ESPARSE_DEVICE void MultiplySparse(float (&sum)[kColumns / 2], uint64_t weight, uint64_t rows,
                                      uint32_t indices, bool add_to) const {
     const int add = add_to;
-    static_assert(kColumns == 128 || kColumns == 256);
+    static_assert(kColumns == 64 || kColumns == 128 || kColumns == 256);
     if constexpr (kColumns == 256 && std::is_same_v<T, __half>) {
       ESPARSE_WGMMA_SP(256, "f16", ESPARSE_REGISTERS_128, ESPARSE_SUMS_128, 128, 129, 130, 131,
                        132);
     } else if constexpr (kColumns == 256) {
       ESPARSE_WGMMA_SP(256, "bf16", ESPARSE_REGISTERS_128, ESPARSE_SUMS_128, 128, 129, 130, 131,
                        132);
-    } else if constexpr (std::is_same_v<T, __half>) {
+    } else if constexpr (kColumns == 128 && std::is_same_v<T, __half>) {
       ESPARSE_WGMMA_SP(128, "f16", ESPARSE_REGISTERS_64, ESPARSE_SUMS_64, 64, 65, 66, 67, 68);
-    } else {
+    } else if constexpr (kColumns == 128) {
       ESPARSE_WGMMA_SP(128, "bf16", ESPARSE_REGISTERS_64, ESPARSE_SUMS_64, 64, 65, 66, 67, 68);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      ESPARSE_WGMMA_SP(64, "f16", ESPARSE_REGISTERS_32, ESPARSE_SUMS_32(0), 32, 33, 34, 35, 36);
+    } else {
+      ESPARSE_WGMMA_SP(64, "bf16", ESPARSE_REGISTERS_32, ESPARSE_SUMS_32(0), 32, 33, 34, 35, 36);
     }
   }
 
@@ -235,7 +275,7 @@ class PrefillGpu {
   }
 
   uint32_t shared_;
-  const CUtensorMap *values_, *x_, *y_;
+  const CUtensorMap *values_, *x_, *indices_, *y_;
 };
 
 #undef ESPARSE_SUMS_8
@@ -243,6 +283,7 @@ class PrefillGpu {
 #undef ESPARSE_SUMS_64
 #undef ESPARSE_SUMS_128
 #undef ESPARSE_TEN
+#undef ESPARSE_REGISTERS_32
 #undef ESPARSE_REGISTERS_60
 #undef ESPARSE_REGISTERS_64
 #undef ESPARSE_REGISTERS_128

@@ -16,18 +16,20 @@ constexpr int64_t kMostRows = int64_t{1} << 24;
 ffi::ErrorOr<PrefillPlan> CheckedPlan(const ffi::Span<const int32_t>& fields) {
   if (fields.size() != kPrefillPlanFields) {
     return ffi::Unexpected(InvalidArgument("a plan of ", kProduct, " has ", kPrefillPlanFields,
-                                           " numbers (rows, cluster, group); got ", fields.size(),
-                                           "."));
+                                           " numbers (rows, cluster, group, split); got ",
+                                           fields.size(), "."));
   }
   const int32_t* field = fields.begin();
-  const PrefillPlan plan = {field[0], field[1], field[2]};
-  const bool rows = plan.rows == 0 || plan.rows == 128 || plan.rows == 256;
-  const bool cluster =
-      plan.cluster == 0 || plan.cluster == 1 || plan.cluster == 2 || plan.cluster == 4;
-  if (!rows || !cluster || plan.group < 0 || plan.group > 64) {
+  const PrefillPlan plan = {field[0], field[1], field[2], field[3]};
+  const bool rows = plan.rows == 0 || plan.rows == 64 || plan.rows == 128 || plan.rows == 256;
+  const bool wide = plan.rows == 0 || plan.rows == 256;
+  const bool cluster = plan.cluster == 0 || plan.cluster == 1 || (plan.cluster == 2 && wide);
+  const bool split = plan.split >= 0 && plan.split <= (plan.cluster == 2 ? 1 : kMostSplit);
+  if (!rows || !cluster || !split || plan.group < 0 || plan.group > 64) {
     return ffi::Unexpected(InvalidArgument(
-        "a plan of ", kProduct, " is rows 128 or 256, cluster 1, 2 or 4, group 1..64, and 0 for ",
-        "what is to be chosen; got ", plan.rows, ", ", plan.cluster, ", ", plan.group, "."));
+        "a plan of ", kProduct, " is rows 64, 128 or 256, cluster 1, or 2 with 256 rows, group ",
+        "1..64, split 1..", kMostSplit, ", or 1 with a cluster of 2, and 0 for what is to be ",
+        "chosen; got ", plan.rows, ", ", plan.cluster, ", ", plan.group, ", ", plan.split, "."));
   }
   return plan;
 }

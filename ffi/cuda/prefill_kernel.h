@@ -8,13 +8,17 @@
 //   values    128 rows of 64 bytes, 32 values each    a tensor copy, strewn in 64 bytes
 //   x         kRows rows of 128 bytes, 64 channels    a tensor copy, strewn in 128 bytes; each
 //                                                     block of a cluster loads a part for all
-//   indices   twice 512 bytes, of 64 outputs each     a plain copy: they lie together in the blob
+//   indices   twice 512 bytes, of 64 outputs each     a tensor copy: they lie together in the blob
 //
 // One thread fills the stages; two warpgroups multiply, 64 outputs each, by two wgmma.sp of 32
 // channels. A stage is full when its bytes are there, and empty when the warps of all blocks that
 // its part of x went to have multiplied it. Blocks stay for all their tiles, so that the stages
 // fill up for the next tile while the sums of this one are written: transposed through shared
 // memory, 32 rows of y at a time, and from there by tensor stores.
+//
+// Where there are fewer tiles than blocks run at once, the channels are split among the blocks of a
+// cluster instead. Then each leaves its sums in its own shared memory, and when all have, each adds
+// up a part of the tile from all of them, always in the same order.
 #ifndef ESPARSE_FFI_CUDA_PREFILL_KERNEL_H_
 #define ESPARSE_FFI_CUDA_PREFILL_KERNEL_H_
 
@@ -31,12 +35,16 @@ constexpr int kGroupThreads = 128;
 constexpr int kWorkers = 2 * kGroupThreads;     // threads that multiply
 constexpr int kPrefillThreads = kWorkers + 32;  // up to 224 registers for each
 constexpr int kWorkerWarps = kWorkers / 32;
+constexpr int kChunk = 8;  // numbers of y in 16 bytes
 
 struct PrefillArgs {
-  int out, channels;
-  int out_tiles;  // of a cluster: kCluster * kBlockOutputs outputs
+  int rows, out, channels;
+  int out_tiles;  // of kCluster * kBlockOutputs outputs
   int row_tiles;
-  int group;  // row tiles that are walked together
+  int group;   // row tiles that are walked together
+  int x_rows;  // that a copy of x brings: kRows / kCluster, or fewer where x has no more
+  int split;   // blocks of a cluster that each multiply a part of the channels: 1 if kCluster > 1
+  uint16_t* y;
 };
 
 // Bytes of shared memory, from a multiple of 1024 on.
@@ -51,11 +59,15 @@ struct PrefillLayout {
   static constexpr int kIndicesAt = kStoreAt + 4 * kStoreBytes;
   static constexpr int kBarriersAt = kIndicesAt + kStages * 2 * kIndexBytes;
   static constexpr int kBytes = kBarriersAt + kStages * 2 * 8;
+  // Sums that are left for the cluster, where the stages were: rows of x, far enough apart that the
+  // threads of a warp write to different banks.
+  static constexpr int kSumsPitch = (kBlockOutputs + 4) * 4;
+  static_assert(kRows * kSumsPitch <= kStoreAt);
 };
 
 // Rows of operands as tensor copies strew them, each row as wide as the pattern: a chunk of 16
 // bytes is moved by bits of its row, so that the chunks of a column lie in different banks.
-enum class Swizzle : uint64_t { k128Bytes = 1, k64Bytes = 2 };
+enum class Swizzle : uint64_t { kNone = 0, k128Bytes = 1, k64Bytes = 2 };
 
 // What wgmma calls a descriptor: a matrix in shared memory, K-major, whose rows are as wide as the
 // swizzle.
@@ -81,37 +93,44 @@ ESPARSE_DEVICE void PlaceTile(const PrefillArgs& p, int tile, int rank, int* out
   *output = (within / wide * kCluster + rank) * kBlockOutputs;
 }
 
+// What a block of a cluster multiplies: stages `first` to `end` - 1 of every tile.
+struct Share {
+  int first, end;
+};
+template <int kCluster, typename Device>
+ESPARSE_DEVICE Share ShareOf(Device& device, const PrefillArgs& p) {
+  const int steps = p.channels / kStageChannels;
+  if (kCluster > 1) return {0, steps};
+  const int rank = device.Rank();
+  return {steps * rank / p.split, steps * (rank + 1) / p.split};
+}
+
 // Loads all stages of all tiles of a block: one thread.
 template <int kRows, int kStages, int kCluster, typename Device>
-ESPARSE_DEVICE void FillStages(Device& device, const uint8_t* all_indices, const PrefillArgs& p) {
+ESPARSE_DEVICE void FillStages(Device& device, const PrefillArgs& p) {
   using Places = PrefillLayout<kRows, kStages>;
   constexpr int kPart = kRows / kCluster;
   const uint32_t stages = device.Shared(), full = stages + Places::kBarriersAt,
                  empty = full + kStages * 8;
-  const int steps = p.channels / kStageChannels, tiles = p.out_tiles * p.row_tiles;
-  const int rank = device.Rank();
+  const int tiles = p.out_tiles * p.row_tiles, team = kCluster * p.split;
+  const int rank = kCluster > 1 ? device.Rank() : 0;
+  const Share share = ShareOf<kCluster>(device, p);
+  const uint32_t bytes =
+      Places::kValueBytes + kCluster * p.x_rows * kStageChannels * 2 + 2 * Places::kIndexBytes;
   int stage = 0;
   uint32_t phase = 1;
-  for (int tile = device.Block() / kCluster; tile < tiles; tile += device.Blocks() / kCluster) {
+  for (int tile = device.Block() / team; tile < tiles; tile += device.Blocks() / team) {
     int output, row;
     PlaceTile<kRows, kCluster>(p, tile, rank, &output, &row);
-    // The last block may have one warpgroup's outputs, or none and still its part of x.
-    const int groups = max(0, min(2, (p.out - output) / kGroupOutputs));
-    const uint8_t* indices =
-        all_indices + static_cast<size_t>(output / kGroupOutputs) * steps * Places::kIndexBytes;
-    for (int k = 0; k < steps; ++k) {
+    for (int k = share.first; k < share.end; ++k) {
       device.WaitBarrier(empty + 8 * stage, phase);
       const uint32_t barrier = full + 8 * stage, at = stages + stage * Places::kStageBytes;
-      const uint32_t x_at = at + Places::kValueBytes;
-      device.ArriveAndExpect(barrier, Places::kStageBytes + groups * Places::kIndexBytes);
+      device.ArriveAndExpect(barrier, bytes);
       device.CopyValues(at, k * (kStageChannels / 2), output, barrier);
-      device.template CopyX<kCluster>(x_at + rank * (kPart * 128), k * kStageChannels,
-                                      row + rank * kPart, barrier);
-      for (int g = 0; g < groups; ++g) {
-        device.CopyBytes(stages + Places::kIndicesAt + (stage * 2 + g) * Places::kIndexBytes,
-                         indices + (static_cast<size_t>(g) * steps + k) * Places::kIndexBytes,
-                         Places::kIndexBytes, barrier);
-      }
+      device.template CopyX<kCluster>(at + Places::kValueBytes + rank * (kPart * 128),
+                                      k * kStageChannels, row + rank * kPart, barrier);
+      device.CopyIndices(stages + Places::kIndicesAt + stage * 2 * Places::kIndexBytes,
+                         k * (Places::kIndexBytes / 2), output / kGroupOutputs, barrier);
       if (++stage == kStages) {
         stage = 0;
         phase ^= 1;
@@ -120,7 +139,52 @@ ESPARSE_DEVICE void FillStages(Device& device, const uint8_t* all_indices, const
   }
 }
 
-// Multiplies all stages of all tiles of a block, and writes y: two warpgroups.
+// Leaves the sums of a block for the cluster, where its stages were.
+template <int kRows, int kStages, typename Device>
+ESPARSE_DEVICE void LeaveSums(Device& device, const float (&sum)[kRows / 2]) {
+  constexpr int kPitch = PrefillLayout<kRows, kStages>::kSumsPitch;
+  const int thread = device.Thread(), lane = thread % 32;
+  // A warp has 16 outputs: lane 4 g + t those at g and g + 8, of each 8 rows 2 t and 2 t + 1.
+  const uint32_t at =
+      device.Shared() + (lane & 3) * 2 * kPitch + (thread / 32 * 16 + (lane >> 2)) * 4;
+  device.SyncWorkers();  // both have read the stages
+  ESPARSE_UNROLL
+  for (int i = 0; i < kRows / 8; ++i) {
+    ESPARSE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      device.StoreShared(at + (i * 8 + j % 2) * kPitch + j / 2 * 32, sum[i * 4 + j]);
+    }
+  }
+}
+
+// Adds up what the blocks of a cluster left, and writes a part of y.
+template <typename T, int kRows, int kStages, typename Device>
+ESPARSE_DEVICE void AddSums(Device& device, const PrefillArgs& p) {
+  constexpr int kPitch = PrefillLayout<kRows, kStages>::kSumsPitch;
+  constexpr int kChunks = kBlockOutputs / kChunk;
+  int output, row;
+  PlaceTile<kRows, 1>(p, device.Block() / p.split, 0, &output, &row);
+  const int rows = min(kRows, p.rows - row), outputs = min(kBlockOutputs, p.out - output);
+  for (int i = device.Rank() * kWorkers + device.Thread(); i < rows * kChunks;
+       i += p.split * kWorkers) {
+    const int r = i / kChunks, first = i % kChunks * kChunk;
+    if (first >= outputs) continue;
+    float sum[kChunk] = {};
+    for (int part = 0; part < p.split; ++part) {
+      float more[kChunk];
+      device.LoadOfBlock(part, device.Shared() + r * kPitch + first * 4, more);
+      ESPARSE_UNROLL
+      for (int j = 0; j < kChunk; ++j) sum[j] += more[j];
+    }
+    device.Store16(p.y + static_cast<size_t>(row + r) * p.out + output + first,
+                   device.template Pack<T>(sum[0], sum[1]), device.template Pack<T>(sum[2], sum[3]),
+                   device.template Pack<T>(sum[4], sum[5]),
+                   device.template Pack<T>(sum[6], sum[7]));
+  }
+}
+
+// Multiplies all stages of all tiles of a block, and writes y or leaves the sums of its only tile
+// for the cluster: two warpgroups.
 template <typename T, int kRows, int kStages, int kCluster, typename Device>
 ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p) {
   using Places = PrefillLayout<kRows, kStages>;
@@ -129,7 +193,8 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p) {
   const int thread = device.Thread(), warp = thread / 32, lane = thread % 32;
   const int group = thread / kGroupThreads;
   const bool leader = thread % kGroupThreads == 0;
-  const int steps = p.channels / kStageChannels, tiles = p.out_tiles * p.row_tiles;
+  const int tiles = p.out_tiles * p.row_tiles, team = kCluster * p.split;
+  const Share share = ShareOf<kCluster>(device, p);
   // Of the indices: 256 bytes for 32 channels, in them 64 for 16 outputs, in them 8 for outputs
   // (o, o + 8), whose nibbles alternate, and in them bytes of the two chunks of 16 channels by
   // turns. Lane t of four serves the product t / 2 of a stage with the chunk t % 2.
@@ -140,12 +205,14 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p) {
   int stage = 0;
   uint32_t phase = 0;
   float sum[kRows / 2];
-  for (int tile = device.Block() / kCluster; tile < tiles; tile += device.Blocks() / kCluster) {
+  for (int tile = device.Block() / team; tile < tiles; tile += device.Blocks() / team) {
     int output, row;
-    PlaceTile<kRows, kCluster>(p, tile, device.Rank(), &output, &row);
+    PlaceTile<kRows, kCluster>(p, tile, kCluster > 1 ? device.Rank() : 0, &output, &row);
     int before = -1;  // the stage whose products may still run
     const auto release = [&](int done) {
-      if (lane < kCluster) device.ArriveAt(empty + 8 * done, lane);
+      if (lane < kCluster) {
+        device.ArriveAt(empty + 8 * done, kCluster > 1 ? lane : device.Rank());
+      }
     };
     const auto multiply = [&](uint32_t& indices, bool add) {
       device.WaitBarrier(full + 8 * stage, phase);
@@ -173,13 +240,17 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p) {
     };
     // The indices stay in their register while the products run, so the next stage has another.
     uint32_t even, odd;
-    int k = 0;
-    for (; k + 1 < steps; k += 2) {
-      multiply(even, k > 0);
+    int k = share.first;
+    for (; k + 1 < share.end; k += 2) {
+      multiply(even, k > share.first);
       multiply(odd, true);
     }
-    if (k < steps) multiply(even, k > 0);
+    if (k < share.end) multiply(even, k > share.first);
     device.template WaitProducts<0>();
+    if (kCluster == 1 && p.split > 1) {
+      LeaveSums<kRows, kStages>(device, sum);
+      return;
+    }
     release(before);
 
     ESPARSE_UNROLL
@@ -210,7 +281,7 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p) {
 }
 
 template <typename T, int kRows, int kStages, int kCluster, typename Device>
-ESPARSE_DEVICE void Prefill(Device& device, const uint8_t* indices, const PrefillArgs& p) {
+ESPARSE_DEVICE void Prefill(Device& device, const PrefillArgs& p) {
   const uint32_t full = device.Shared() + PrefillLayout<kRows, kStages>::kBarriersAt;
   const int thread = device.Thread();
   if (thread == 0) {
@@ -220,15 +291,22 @@ ESPARSE_DEVICE void Prefill(Device& device, const uint8_t* indices, const Prefil
     }
     device.FenceBarriers();
   }
-  device.template SyncAll<kCluster>();
+  device.template SyncAll<(kCluster > 1)>();
   if (thread < kWorkers) {
     MultiplyStages<T, kRows, kStages, kCluster>(device, p);
-  } else if (thread == kWorkers) {
-    FillStages<kRows, kStages, kCluster>(device, indices, p);
+  } else if (device.Elect()) {
+    FillStages<kRows, kStages, kCluster>(device, p);
   }
   device.SyncWarp();
-  // No block leaves while others send it x, or count on its barriers.
-  device.template SyncAll<kCluster>();
+  if (kCluster == 1 && p.split > 1) {
+    device.template SyncAll<true>();
+    if (thread < kWorkers) AddSums<T, kRows, kStages>(device, p);
+    device.SyncWarp();
+    device.template SyncAll<true>();  // no block leaves while others read its sums
+  } else {
+    // No block leaves while others send it x, or count on its barriers.
+    device.template SyncAll<(kCluster > 1)>();
+  }
 }
 
 }  // namespace esparse::cuda

@@ -229,13 +229,14 @@ def test_prompts_are_compared(module, monkeypatch):
     plans = []
 
     def product(x, data, *, out, plan):
-        plans.append((plan["rows"], plan["cluster"]))
+        plans.append((plan["rows"], plan.get("cluster", 1), plan["split"] > 1))
         weight = Blob24(data, (out, x.shape[1]), x.dtype)
         return sparse_matmul(x, weight, backend="reference")
 
     monkeypatch.setattr(module.ffi, "prefill", product)
-    assert module.prompts() == 12
-    assert set(plans) == {(rows, cluster) for rows in (128, 256) for cluster in (1, 2, 4)}
+    assert module.prompts() == 14
+    alone = {(rows, 1, split) for rows in (64, 128, 256) for split in (False, True)}
+    assert set(plans) == alone | {(256, 2, False)}
     monkeypatch.setattr(module.ffi, "prefill", lambda *a, **k: product(*a, **k).at[599, 3].add(9))
     with pytest.raises(SystemExit, match=r"a prompt is .* from float64"):
         module.prompts()

@@ -6,7 +6,7 @@ import fake_cusparselt
 import jax
 import pytest
 
-from esparse_jax.sparse import _ffi
+from esparse_jax.sparse import _ffi, _ffi_cuda
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +19,12 @@ def stand_in(tmp_path_factory) -> Path:
     except RuntimeError:
         pytest.skip("JAX was told to do without its CPU platform")
     return fake_cusparselt.build(tmp_path_factory.mktemp("host"), fake_cusparselt.HOST_SONAME)
+
+
+@pytest.fixture
+def no_prefill(monkeypatch):
+    """As on a GPU that the prefill kernel is not for."""
+    monkeypatch.setattr(_ffi_cuda, "prefill_runs", lambda capability: False)
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_an_algorithm_is_taken_where_the_library_multiplies(fake):
         assert fake.last("algorithm") == id
 
 
-def test_without_a_backend_many_rows_take_the_library(fake, caplog):
+def test_without_a_backend_many_rows_take_the_library(fake, no_prefill, caplog):
     weight = weight24((64, 128), "float16")
     blob = blob24(compress24(weight))
     matmul_file._log_untuned.cache_clear()
@@ -180,7 +180,7 @@ def test_another_layout_is_a_form_of_its_own(fake, caplog):
             assert_product(sparse_matmul(x[:rows], blob, backend=backend), x[:rows], weight)
 
 
-def test_another_layout_is_never_read_as_ours(fake, monkeypatch, caplog):
+def test_another_layout_is_never_read_as_ours(fake, no_prefill, monkeypatch, caplog):
     fake.set("scrambled", 1)
     weight = weight24((64, 128), "float16")
     blob, x = blob24(compress24(weight)), random_x(20, 128)

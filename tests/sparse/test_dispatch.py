@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import re
 
 import jax
@@ -163,12 +164,18 @@ def test_the_nearest_product_is_of_the_nearest_rows_and_then_of_the_nearest_shap
         other((64, 256), 256, 1), other((128, 128), 1024, 2), other((1024, 1024), 1024, 3),
         other(SHAPE, 1024, 4, "bfloat16"), other(SHAPE, 8192, 5),
     )  # fmt: skip
-    assert tuned.nearest_algorithm(SHAPE, "float16", 1000) == Algorithm(2)
-    assert tuned.nearest_algorithm((2048, 1024), "float16", 600) == Algorithm(3)
-    assert tuned.nearest_algorithm(SHAPE, "float16", 200) == Algorithm(1)
-    assert tuned.nearest_algorithm(SHAPE, "float16", 4096) == Algorithm(5)
-    assert tuned.nearest_algorithm(SHAPE, "float16", 32) is None
-    assert tuned.nearest_algorithm(SHAPE, "bfloat16", 512) == Algorithm(4)
+
+    def nearest(shape, dtype, rows):
+        ways = tuned.nearest_ways(shape, dtype, rows)
+        assert all(way.microseconds == math.inf for way in ways)
+        return [way.algorithm for way in ways]
+
+    assert nearest(SHAPE, "float16", 1000) == [Algorithm(2)]
+    assert nearest((2048, 1024), "float16", 600) == [Algorithm(3)]
+    assert nearest(SHAPE, "float16", 200) == [Algorithm(1)]
+    assert nearest(SHAPE, "float16", 4096) == [Algorithm(5)]
+    assert nearest(SHAPE, "float16", 32) == []
+    assert nearest(SHAPE, "bfloat16", 512) == [Algorithm(4)]
     assert algorithm_of(lowered(1000, tuned)) == 2
     with_choice = lowered(1000, tuned, algorithm=Algorithm(7, workspace_bytes=0))
     assert algorithm_of(with_choice) == 7
@@ -328,13 +335,13 @@ def test_the_prefill_kernel_is_taken_where_it_was_faster(h200, hopper, caplog, m
     monkeypatch.setattr(matmul_file, "_log_untuned", functools.cache(_log_untuned.__wrapped__))
 
     def measured(prefill, **changes):
-        kernel = KernelTime(prefill, {"rows": 128, "cluster": 4})
+        kernel = KernelTime(prefill, {"rows": 256, "cluster": 2})
         return table(dataclasses.replace(record(64, library=5.0), prefill=kernel, **changes))
 
     with use_table(measured(4.0)):
         text = lowered_here(64)
         assert is_prefill(text)
-        assert "plan = dense<[128, 4, 0]>" in text
+        assert "plan = dense<[256, 2, 0, 0]>" in text
         assert is_prefill(lowered_here(33))  # the record is of 64 rows
         assert algorithm_of(lowered_here(64, algorithm=Algorithm(3))) == 3
     no_library = record(256)
@@ -344,8 +351,39 @@ def test_the_prefill_kernel_is_taken_where_it_was_faster(h200, hopper, caplog, m
     assert not caplog.records
     with use_table(measured(6.0)):
         assert algorithm_of(lowered_here(64)) == 5
+
+
+@needs_prefill
+def test_the_nearest_product_decides_between_the_prefill_kernel_and_the_library(h200, hopper):
+    def measured(prefill, rows=128):
+        kernel = KernelTime(prefill, {"rows": 256, "group": 4})
+        return dataclasses.replace(record(rows, library=5.0), prefill=kernel)
+
+    with use_table(table(measured(4.0))):
+        text = lowered_here(64)
+        assert is_prefill(text)
+        assert "plan = dense<0>" in text  # that one was for other rows
+    with use_table(table(measured(6.0))):
+        assert algorithm_of(lowered_here(64)) == 5
     with use_table(table(record(128, library=5.0))):
-        assert not is_prefill(lowered_here(64))  # nobody knows how fast it is here
+        assert algorithm_of(lowered_here(64)) == 5
+    without = dataclasses.replace(measured(4.0, rows=64), cusparselt=None)
+    with use_table(table(without, measured(6.0, rows=256))):
+        assert algorithm_of(lowered_here(128)) == 5  # of 256 rows, as there both were measured
+        assert is_prefill(lowered_here(64))
+
+
+@needs_prefill
+def test_before_the_librarys_own_choice_comes_the_prefill_kernel(h200, hopper, monkeypatch):
+    for tuned in (None, table(record(4096, library=5.0))):
+        with use_table(tuned):
+            assert is_prefill(lowered_here(64))
+            assert algorithm_of(lowered_here(64, backend="cusparselt")) == -1
+    wrong = dataclasses.replace(record(64), failed={"prefill": "with 64 rows: wrong numbers"})
+    with use_table(table(wrong)):
+        assert algorithm_of(lowered_here(64)) == -1
+    monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: "it is not installed.")
+    assert is_prefill(lowered_here(64))
 
 
 @needs_prefill
@@ -425,7 +463,7 @@ def test_a_table_for_another_gpu_is_an_error(h200):
 # ---- through the stand-in of the library, which computes
 
 
-def test_the_stand_in_runs_the_algorithm_of_the_table(fake, monkeypatch):
+def test_the_stand_in_runs_the_algorithm_of_the_table(fake, no_prefill, monkeypatch):
     monkeypatch.setattr(_ffi_cusparselt, "device", lambda: jax.devices("cpu")[0])
     machine = Machine(jax.devices("cpu")[0].device_kind, "9.0", "0.8.0")
     dense, x = weight24(SHAPE, "float16"), random_x(20, 128)

@@ -21,8 +21,11 @@ needs_hopper = pytest.mark.skipif(
     reason="JAX sees no GPU of compute capability 9.0",
 )
 PLANS = [
-    {"rows": rows, "cluster": cluster, "group": group}
-    for rows, cluster, group in itertools.product((128, 256), (1, 2, 4), (1, 3))
+    {"rows": rows, "cluster": cluster, "group": group, "split": 1}
+    for (rows, cluster), group in itertools.product(((64, 1), (128, 1), (256, 1), (256, 2)), (1, 3))
+]
+SPLIT = [
+    {"rows": rows, "split": split, "group": 3} for rows in (64, 128, 256) for split in (2, 3, 5, 8)
 ]
 
 
@@ -40,14 +43,16 @@ def test_a_plan_is_handed_over():
     text = lowered_for_cuda(functools.partial(prefill, plan={"group": 5, "rows": 128}),
                             random_x(40, 128), random_blob((64, 128)))  # fmt: skip
     assert "esparse_prefill24_cuda_v1" in text
-    assert "plan = dense<[128, 0, 5]>" in text
+    assert "plan = dense<[128, 0, 5, 0]>" in text
 
 
 @needs_build
 @pytest.mark.parametrize(("plan", "match"), [
-    ({"rows": 64}, "rows of a plan is 64; it is one of 128, 256, or left out"),
-    ({"cluster": 3}, "cluster of a plan is 3; it is one of 1, 2, 4, or left out"),
-    ({"tiles": 3}, r"a plan has the fields \('rows', 'cluster', 'group'\); got \['tiles'\]"),
+    ({"rows": 32}, "rows of a plan is 32; it is one of 64, 128, 256, or left out"),
+    ({"cluster": 3}, "cluster of a plan is 3; it is one of 1, 2, or left out"),
+    ({"cluster": 2, "split": 2}, "a cluster of 2 blocks has 256 rows and splits nothing"),
+    ({"cluster": 2, "rows": 128}, "a cluster of 2 blocks has 256 rows and splits nothing"),
+    ({"tiles": 3}, r"the fields \('rows', 'cluster', 'group', 'split'\); got \['tiles'\]"),
 ])  # fmt: skip
 def test_mistakes_are_explained(plan, match):
     with pytest.raises(ValueError, match=match):
@@ -94,10 +99,25 @@ def test_every_plan_gives_the_same_bits(dtype):
 @pytest.mark.gpu
 @needs_hopper
 @needs_build
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [17, 64, 100, 700])
+def test_split_channels_are_added_up(dtype, rows):
+    blob, x = random_blob((1088, 832), dtype), random_x(rows, 832, dtype)
+    want = exact(x, blob)
+    for plan in SPLIT:
+        assert relative(prefill(x, blob, plan=plan), want) < 1.5 * rounding(dtype), plan
+    short = random_blob((64, 128), dtype)  # of two stages: no more can be split
+    got = prefill(x[:, :128], short, plan={"split": 8})
+    assert relative(got, exact(x[:, :128], short)) < 1.5 * rounding(dtype)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@needs_build
 def test_a_long_run_gives_the_same_bits_again():
     """A race between copies and products would show as other bits in some run."""
     blob, x = random_blob((4096, 4096)), random_x(3000, 4096)
-    for plan in PLANS:
+    for plan in PLANS + SPLIT:
         run = jax.jit(functools.partial(prefill, plan=plan))
         want = np.asarray(run(x, blob))
         assert relative(want[:64], exact(x[:64], blob)) < 1.5 * rounding(x.dtype), plan

@@ -17,11 +17,14 @@ NO_INSTANCE = 1
 def on_host(tmp_path_factory):
     host_build.require_float16()
     file = tmp_path_factory.mktemp("prefill") / "prefill.so"
-    host_build.build(file, "cuda/testing/prefill_on_host.cc", flags=("-O2",))
+    # Sums that a product is to set are not zero before it.
+    flags = ("-O2", "-ftrivial-auto-var-init=pattern")
+    host_build.build(file, "cuda/testing/prefill_on_host.cc", flags=flags)
     return ctypes.CDLL(str(file)).esparse_prefill_on_host
 
 
-def _run(on_host, x, blob, *, tile=128, stages=2, cluster=1, group=2, clusters=1, late=(0, 0)):
+def _run(on_host, x, blob, *, tile=128, stages=4, cluster=1, group=2, clusters=1, split=1,
+         late=(0, 0)):  # fmt: skip
     """The status, and what the kernel wrote. `late`: whether copies and products take place when
     they are waited for; else when they are asked for.
     """
@@ -34,7 +37,7 @@ def _run(on_host, x, blob, *, tile=128, stages=2, cluster=1, group=2, clusters=1
 
     status = on_host(
         int(x.dtype == jnp.bfloat16), *map(ctypes.c_int64, (rows, out, channels)), tile, stages,
-        cluster, group, clusters, *late, int(any(late)), *map(pointer, (data, x_bytes, y)),
+        cluster, group, clusters, split, *late, int(any(late)), *map(pointer, (data, x_bytes, y)),
     )  # fmt: skip
     assert np.isnan(y[rows:].astype(np.float32)).all()
     return status, y[:rows]
@@ -55,6 +58,12 @@ def _exact(x, blob) -> np.ndarray:
     (150, (576, 128), {"cluster": 4, "group": 3}),  # and blocks with none
     (150, (192, 320), {"stages": 8}),
     (300, (192, 192), {"tile": 256, "stages": 5, "cluster": 2}),
+    (200, (128, 128), {"tile": 256, "stages": 5}),  # x has fewer rows than a tile
+    (17, (192, 448), {"tile": 64, "stages": 5, "split": 3}),  # parts of 2, 2 and 3 stages
+    (40, (64, 1024), {"tile": 64, "stages": 5, "split": 2}),  # more stages than there is room for
+    (100, (64, 512), {"tile": 64, "stages": 5, "split": 8}),
+    (140, (128, 320), {"split": 2, "group": 1}),
+    (300, (128, 128), {"tile": 256, "stages": 5, "split": 2}),
 ])  # fmt: skip
 def test_the_kernels_source_computes_the_product(on_host, rows, shape, plan, dtype, late):
     blob, x = random_blob(shape, dtype), random_x(rows, shape[1], dtype)

@@ -39,7 +39,7 @@ struct Matrix {
 
 // Where a byte lies that would lie at `address` if nothing were strewn.
 uint32_t Strewn(uint32_t address, Swizzle swizzle) {
-  const uint32_t rows = swizzle == Swizzle::k128Bytes ? 7 : 3;
+  const uint32_t rows = swizzle == Swizzle::k128Bytes ? 7 : swizzle == Swizzle::k64Bytes ? 3 : 0;
   return address ^ ((address >> 7 & rows) << 4);
 }
 
@@ -61,10 +61,8 @@ struct Barrier {
 struct Copy {
   int rank;
   uint32_t to, barrier;
-  const Matrix* matrix;  // null: plain bytes
+  const Matrix* matrix;
   int64_t row, column;
-  const uint8_t* from;
-  uint32_t bytes;
 };
 
 // wgmma.mma_async.sp of one warpgroup, as far as its threads have come to it.
@@ -86,10 +84,11 @@ struct Warpgroup {
 // What the blocks of a cluster have in common, beside their memory.
 struct Hopper {
   Asynchronous copying, multiplying;
-  Matrix values, x, y;
+  Matrix values, x, indices, y;
   std::map<std::pair<int, uint32_t>, Barrier> barriers;  // by rank and address
   std::list<Copy> copies;                                // under way
   std::map<std::pair<int, int>, Warpgroup> warpgroups;   // by rank and number
+  std::map<int, Meeting> workers;                        // by rank
   bool outside = false;  // something was done that a GPU would not take
 };
 
@@ -104,11 +103,19 @@ class Host {
   int Blocks() const { return blocks_; }
   int Rank() const { return fiber_.Rank(); }
   uint32_t Shared() const { return 0; }
+  bool Elect() const { return fiber_.Lane() == 0; }
   void SyncWarp() { fiber_.SyncWarp(); }
   void SyncGroup(int group) { fiber_.Meet(&GroupOf(group).meeting); }
-  template <int kCluster>
+  void SyncWorkers() {
+    fiber_.Meet(&hopper_->workers.try_emplace(Rank(), Meeting{kWorkers}).first->second);
+  }
+  template <bool kCluster>
   void SyncAll() {
-    fiber_.SyncCluster();
+    if (kCluster) {
+      fiber_.SyncCluster();
+    } else {
+      fiber_.SyncBlock();
+    }
   }
 
   void InitBarrier(uint32_t barrier, int arrivals) {
@@ -147,11 +154,11 @@ class Host {
   template <int kCluster>
   void CopyX(uint32_t to, int column, int row, uint32_t barrier) {
     for (int rank = 0; rank < kCluster; ++rank) {
-      Request(Box(rank, to, barrier, hopper_->x, row, column));
+      Request(Box(kCluster > 1 ? rank : Rank(), to, barrier, hopper_->x, row, column));
     }
   }
-  void CopyBytes(uint32_t to, const uint8_t* from, uint32_t bytes, uint32_t barrier) {
-    Request({Rank(), to, barrier, nullptr, 0, 0, from, bytes});
+  void CopyIndices(uint32_t to, int column, int row, uint32_t barrier) {
+    Request(Box(Rank(), to, barrier, hopper_->indices, row, column));
   }
   void StoreY(int column, int row, uint32_t from) {
     stores_.push_back({from, row, column});
@@ -168,6 +175,24 @@ class Host {
     const char* from = Place(Rank(), address, 8);
     std::memcpy(first, from, 4);
     std::memcpy(second, from + 4, 4);
+  }
+  void StoreShared(uint32_t address, float value) {
+    std::memcpy(Place(Rank(), address, 4), &value, 4);
+  }
+  void LoadOfBlock(int rank, uint32_t address, float (&values)[8]) {
+    if (fiber_.HasEnded(rank)) hopper_->outside = true;
+    for (int half = 0; half < 2; ++half) {
+      std::memcpy(values + 4 * half, Place(rank, address + 16 * half, 16), 16);
+    }
+  }
+  void Store16(uint16_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    const uint32_t all[] = {a, b, c, d};
+    const int64_t at = to - hopper_->y.data;
+    if (at < 0 || at % 8 != 0 || at + 8 > hopper_->y.rows * hopper_->y.columns) {
+      hopper_->outside = true;
+    } else {
+      std::memcpy(to, all, sizeof(all));
+    }
   }
   uint32_t Bytes(uint32_t low, uint32_t high, uint32_t which) const {
     return PickBytes(low, high, which);
@@ -252,8 +277,7 @@ class Host {
 
   static Copy Box(int rank, uint32_t to, uint32_t barrier, const Matrix& matrix, int row,
                   int column) {
-    const auto bytes = static_cast<uint32_t>(matrix.box_rows * matrix.box_columns * 2);
-    return {rank, to, barrier, &matrix, row, column, nullptr, bytes};
+    return {rank, to, barrier, &matrix, row, column};
   }
   void Request(const Copy& copy) {
     if (hopper_->copying == Asynchronous::kEarly) {
@@ -265,24 +289,18 @@ class Host {
   }
   void Perform(const Copy& copy) {
     if (fiber_.HasEnded(copy.rank)) hopper_->outside = true;
-    if (copy.matrix == nullptr) {
-      for (uint32_t at = 0; at < copy.bytes; at += 16) {
-        std::memcpy(Place(copy.rank, copy.to + at, 16), copy.from + at, 16);
-      }
-    } else {
-      if (copy.to % 1024 != 0 && copy.to % 512 != 0) hopper_->outside = true;
-      const Matrix& matrix = *copy.matrix;
-      for (int r = 0; r < matrix.box_rows; ++r) {
-        for (int c = 0; c < matrix.box_columns; ++c) {
-          const uint32_t at = copy.to + (r * matrix.box_columns + c) * 2;
-          const uint16_t* from = matrix.At(copy.row + r, copy.column + c);
-          const uint16_t value = from == nullptr ? 0 : *from;
-          std::memcpy(Place(copy.rank, Strewn(at, matrix.swizzle), 2), &value, 2);
-        }
+    if (copy.to % 512 != 0) hopper_->outside = true;
+    const Matrix& matrix = *copy.matrix;
+    for (int r = 0; r < matrix.box_rows; ++r) {
+      for (int c = 0; c < matrix.box_columns; ++c) {
+        const uint32_t at = copy.to + (r * matrix.box_columns + c) * 2;
+        const uint16_t* from = matrix.At(copy.row + r, copy.column + c);
+        const uint16_t value = from == nullptr ? 0 : *from;
+        std::memcpy(Place(copy.rank, Strewn(at, matrix.swizzle), 2), &value, 2);
       }
     }
     Barrier& barrier = BarrierOf(copy.rank, copy.barrier);
-    barrier.bytes -= copy.bytes;
+    barrier.bytes -= matrix.box_rows * matrix.box_columns * 2;
     barrier.Settle();
     fiber_.SayProgress();
   }
@@ -353,7 +371,7 @@ enum Outcome { kDone = 0, kNoInstance = 1, kEndless = 2, kOutside = 3 };
 
 struct Job {
   int64_t rows, out, channels;
-  int group, clusters;
+  int group, clusters, split;
   Asynchronous copying, multiplying;
   bool uneven;
   void* blob;
@@ -364,34 +382,40 @@ struct Job {
 template <typename T, int kRows, int kStages, int kCluster>
 Outcome RunGrid(const Job& job) {
   const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
-  const PrefillArgs args = {static_cast<int>(job.out), static_cast<int>(job.channels),
-                            ceil_div(job.out, kCluster * kBlockOutputs), ceil_div(job.rows, kRows),
-                            job.group};
-  const auto* indices = static_cast<const uint8_t*>(job.blob) + job.out * job.channels;
+  const int64_t x_rows = kCluster > 1 ? kRows / kCluster : min<int64_t>(kRows, job.rows);
+  const PrefillArgs args = {
+      static_cast<int>(job.rows),     static_cast<int>(job.out),
+      static_cast<int>(job.channels), ceil_div(job.out, kCluster * kBlockOutputs),
+      ceil_div(job.rows, kRows),      job.group,
+      static_cast<int>(x_rows),       job.split,
+      static_cast<uint16_t*>(job.y)};
+  const int team = kCluster * job.split;
+  const int clusters = job.split > 1 ? args.out_tiles * args.row_tiles : job.clusters;
   const auto matrix = [](void* data, int64_t rows, int64_t columns, int box_rows, int box_columns,
                          Swizzle swizzle) {
     return Matrix{static_cast<uint16_t*>(data), rows, columns, box_rows, box_columns, swizzle};
   };
-  for (int c = 0; c < job.clusters; ++c) {
+  for (int c = 0; c < clusters; ++c) {
     Hopper hopper = {};
     hopper.copying = job.copying;
     hopper.multiplying = job.multiplying;
     hopper.values = matrix(job.blob, job.out, job.channels / 2, kBlockOutputs, kStageChannels / 2,
                            Swizzle::k64Bytes);
-    hopper.x =
-        matrix(job.x, job.rows, job.channels, kRows / kCluster, kStageChannels, Swizzle::k128Bytes);
+    hopper.x = matrix(job.x, job.rows, job.channels, static_cast<int>(x_rows), kStageChannels,
+                      Swizzle::k128Bytes);
+    constexpr int kIndexNumbers = PrefillLayout<kRows, kStages>::kIndexBytes / 2;
+    hopper.indices = matrix(static_cast<uint8_t*>(job.blob) + job.out * job.channels,
+                            job.out / kGroupOutputs, job.channels / kStageChannels * kIndexNumbers,
+                            kBlockOutputs / kGroupOutputs, kIndexNumbers, Swizzle::kNone);
     hopper.y = matrix(job.y, job.rows, job.out, kStoreRows, kGroupOutputs, Swizzle::k128Bytes);
     const auto body = [&](Fiber& fiber) {
-      Host<T> host(fiber, &hopper, job.clusters * kCluster);
-      Prefill<T, kRows, kStages, kCluster>(host, indices, args);
+      Host<T> host(fiber, &hopper, clusters * team);
+      Prefill<T, kRows, kStages, kCluster>(host, args);
     };
-    const Cluster cluster = {kCluster,
-                             kPrefillThreads,
-                             static_cast<size_t>(PrefillLayout<kRows, kStages>::kBytes),
-                             nullptr,
-                             body,
-                             job.uneven};
-    if (!Running(cluster, c * kCluster).ToTheEnd()) return kEndless;
+    const Cluster cluster = {
+        team, kPrefillThreads, static_cast<size_t>(PrefillLayout<kRows, kStages>::kBytes), nullptr,
+        body, job.uneven};
+    if (!Running(cluster, c * team).ToTheEnd()) return kEndless;
     if (hopper.outside || !hopper.copies.empty()) return kOutside;
   }
   return kDone;
@@ -399,23 +423,18 @@ Outcome RunGrid(const Job& job) {
 
 template <typename T>
 Outcome RunInstance(const Job& job, int rows, int stages, int cluster) {
-  using std::integral_constant;
-  const auto run = [&](auto of_rows, auto of_stages) {
-    if (cluster == 1) return RunGrid<T, of_rows, of_stages, 1>(job);
-    if (cluster == 2) return RunGrid<T, of_rows, of_stages, 2>(job);
-    if (cluster == 4) return RunGrid<T, of_rows, of_stages, 4>(job);
-    return kNoInstance;
+  const auto is = [&](int of_rows, int of_stages, int of_cluster) {
+    return rows == of_rows && stages == of_stages && cluster == of_cluster;
   };
-  // As the GPU has them, and with hardly any stages.
-  if (rows == 256 && stages == 5) {
-    return run(integral_constant<int, 256>{}, integral_constant<int, 5>{});
-  }
-  if (rows == 128 && stages == 8) {
-    return run(integral_constant<int, 128>{}, integral_constant<int, 8>{});
-  }
-  if (rows == 128 && stages == 2) {
-    return run(integral_constant<int, 128>{}, integral_constant<int, 2>{});
-  }
+  // As the GPU has them.
+  if (is(64, 5, 1)) return RunGrid<T, 64, 5, 1>(job);
+  if (is(128, 8, 1)) return RunGrid<T, 128, 8, 1>(job);
+  if (is(256, 5, 1)) return RunGrid<T, 256, 5, 1>(job);
+  if (is(256, 5, 2)) return RunGrid<T, 256, 5, 2>(job);
+  // With hardly any stages, and with many blocks.
+  if (is(128, 4, 1)) return RunGrid<T, 128, 4, 1>(job);
+  if (is(128, 4, 2)) return RunGrid<T, 128, 4, 2>(job);
+  if (is(128, 4, 4)) return RunGrid<T, 128, 4, 4>(job);
   return kNoInstance;
 }
 
@@ -426,12 +445,12 @@ Outcome RunInstance(const Job& job, int rows, int stages, int cluster) {
 // something is done that a GPU would not take, or a copy is still under way at the end.
 extern "C" __attribute__((visibility("default"))) int esparse_prefill_on_host(
     int bfloat16, int64_t rows, int64_t out, int64_t channels, int tile_rows, int stages,
-    int cluster, int group, int clusters, int late_copies, int late_products, int uneven,
+    int cluster, int group, int clusters, int split, int late_copies, int late_products, int uneven,
     void* blob, void* x, void* y) {
   using namespace esparse::cuda;
   const auto when = [](int late) { return late ? Asynchronous::kLate : Asynchronous::kEarly; };
   const Job job = {
-      rows,        out,  channels, group, clusters, when(late_copies), when(late_products),
+      rows,        out,  channels, group, clusters, split, when(late_copies), when(late_products),
       uneven != 0, blob, x,        y};
   return bfloat16 ? RunInstance<Bfloat16>(job, tile_rows, stages, cluster)
                   : RunInstance<_Float16>(job, tile_rows, stages, cluster);
