@@ -12,18 +12,16 @@ forms do not take turns: each has the GPU for all of its repeats.
 
 import json
 import statistics
-import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import tyro
+from gpu_clock import Sampler, opened, summary
 
 from esparse_jax.atomic import write_text
 from esparse_jax.inference.bench import (
@@ -42,14 +40,6 @@ from esparse_jax.inference.generate import (
     split_once,
 )
 
-# NVML's clock event reasons, those that are no choice of the user's.
-REASONS = {
-    0x04: "power limit",
-    0x08: "hardware slowdown",
-    0x20: "temperature, by the driver",
-    0x40: "temperature, by the hardware",
-    0x80: "power brake",
-}
 _GREEDY = {"temperature": 0.0, "top_k": None, "top_p": 1.0}
 _WARM_UP = 2  # repeats that are not reported: the first one compiles
 
@@ -84,70 +74,6 @@ class Options:
             )
         except ValueError as error:
             raise SystemExit(f"benchmarks/power.py: {error}") from None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One look at the GPU: when, MHz of the multiprocessors, watts, NVML's reasons."""
-
-    seconds: float
-    clock: int
-    watts: float
-    reasons: int
-
-
-class Sampler:
-    """Looks at the GPU every ten milliseconds, in a thread of its own, while it is open."""
-
-    def __init__(self, nvml: ModuleType, gpu: int):
-        self._nvml = nvml
-        nvml.nvmlInit()
-        self._handle = nvml.nvmlDeviceGetHandleByIndex(gpu)
-        self._samples: list[Sample] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> "Sampler":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._nvml.nvmlShutdown()
-
-    def look(self) -> Sample:
-        """One sample, now."""
-        nvml, handle = self._nvml, self._handle
-        return Sample(
-            time.perf_counter(),
-            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-            nvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
-        )
-
-    def between(self, start: float, end: float) -> list[Sample]:
-        """What was seen; the nearest sample where the time was too short for one."""
-        samples = self._samples or [self.look()]
-        inside = [each for each in samples if start <= each.seconds <= end]
-        return inside or [min(samples, key=lambda each: abs(each.seconds - end))]
-
-    def _run(self) -> None:
-        while not self._ended.wait(0.01):
-            self._samples.append(self.look())
-
-
-def summary(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Clock in MHz, power in watts, and by name what held the clock back at any time."""
-    clocks = [each.clock for each in samples]
-    seen = {bit for each in samples for bit in REASONS if each.reasons & bit}
-    return {
-        "clock": round(statistics.fmean(clocks)),
-        "least_clock": min(clocks),
-        "most_clock": max(clocks),
-        "watts": round(statistics.fmean(each.watts for each in samples)),
-        "held_back_by": [REASONS[bit] for bit in sorted(seen)],
-    }
 
 
 def measure(
@@ -198,19 +124,8 @@ def line(form: str, repeat: dict[str, Any]) -> str:
 
 def main(options: Options) -> None:
     """Prints a line for each repeat, then the medians, and writes all of it as JSON."""
-    try:
-        import pynvml
-    except ImportError:
-        raise SystemExit(
-            "benchmarks/power.py asks NVML for the clock: pip install nvidia-ml-py."
-        ) from None
     bench = options.bench()
-    try:
-        sampler = Sampler(pynvml, options.gpu)
-    except pynvml.NVMLError as error:
-        raise SystemExit(
-            f"benchmarks/power.py looks at an NVIDIA GPU, number {options.gpu} of NVML's: {error}."
-        ) from None
+    sampler = opened("benchmarks/power.py", options.gpu)
     print(versions(), flush=True)
     with sampler:
         results = {form: measure(options, bench, form, sampler) for form in options.forms}

@@ -6,13 +6,31 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import pytest
+
+from esparse_jax.sparse.machine import Machine
 
 
 @pytest.fixture
-def power(monkeypatch):
+def benchmark_of(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module("power")
+    return importlib.import_module
+
+
+@pytest.fixture
+def power(benchmark_of):
+    return benchmark_of("power")
+
+
+@pytest.fixture
+def gpu_clock(benchmark_of):
+    return benchmark_of("gpu_clock")
+
+
+@pytest.fixture
+def products(benchmark_of):
+    return benchmark_of("product_power")
 
 
 @pytest.fixture
@@ -60,9 +78,10 @@ def test_every_repeat_has_its_clock(power, nvml, tmp_path, capsys):
     assert lines[-1].startswith("dense: ")
 
 
-def test_what_held_the_clock_back_is_named_once(power):
-    samples = [power.Sample(0.0, 1980, 600.0, 0x1), power.Sample(0.01, 1410, 700.0, 0x4 | 0x20)]
-    found = power.summary([*samples, power.Sample(0.02, 1500, 701.0, 0x4)])
+def test_what_held_the_clock_back_is_named_once(gpu_clock):
+    sample = gpu_clock.Sample
+    samples = [sample(0.0, 1980, 600.0, 0x1), sample(0.01, 1410, 700.0, 0x4 | 0x20)]
+    found = gpu_clock.summary([*samples, sample(0.02, 1500, 701.0, 0x4)])
     assert found == {
         "clock": 1630,
         "least_clock": 1410,
@@ -72,9 +91,9 @@ def test_what_held_the_clock_back_is_named_once(power):
     }
 
 
-def test_a_time_between_two_looks_has_the_nearest(power, nvml):
-    sampler = power.Sampler(nvml, 0)
-    sampler._samples = [power.Sample(float(at), 1000 + at, 1.0, 0) for at in range(4)]
+def test_a_time_between_two_looks_has_the_nearest(gpu_clock, nvml):
+    sampler = gpu_clock.Sampler(nvml, 0)
+    sampler._samples = [gpu_clock.Sample(float(at), 1000 + at, 1.0, 0) for at in range(4)]
     assert [each.clock for each in sampler.between(0.5, 2.5)] == [1001, 1002]
     assert [each.clock for each in sampler.between(2.6, 2.9)] == [1003]
 
@@ -95,3 +114,64 @@ def test_without_nvml_it_says_what_to_install(power, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(SystemExit, match="pip install nvidia-ml-py"):
         power.main(power.Options())
+
+
+# ---- of products
+
+
+def test_a_product_has_its_clock(products, nvml, monkeypatch, tmp_path, capsys):
+    file = tmp_path / "products.json"
+    ways = ("dense", "decode", "cusparselt", "dispatch")
+    options = products.Options(
+        shape="64x128", rows=40, dtype="float16", ways=ways, seconds=0.01, json=file
+    )
+    monkeypatch.setattr(products, "multiprocessors", lambda device: 6)
+    products.main(options)
+    assert nvml.opened == 0
+    report = json.loads(file.read_text())
+    assert list(report["results"]) == ["dense", "dispatch"]  # a processor has no others
+    for found in report["results"].values():
+        assert found["least_clock"] <= found["clock"] <= found["most_clock"] < 2000
+        stages = 40 * 64 * 128 / (128 * 256 * 64) / 6
+        assert found["cycles"] == pytest.approx(found["microseconds"] * found["clock"] / stages)
+    assert report["results"]["dense"]["ratio"] == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("dense ")
+    assert "times as fast as the first, clock" in second
+
+
+def test_zeros_are_multiplied(products, nvml, monkeypatch):
+    seen = []
+
+    def chain(product, xs, weights, **options):
+        seen.extend([xs[0], *jax.tree.leaves(weights)])
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(products, "Chain", chain)
+    options = products.Options(shape="64x64", rows=20, dtype="float16", ways=("dense",), zeros=True)
+    with pytest.raises(RuntimeError, match="seen"):
+        products.main(options)
+    assert nvml.opened == 0
+    assert all((array == 0).all() for array in seen)
+
+
+def test_ways_are_there_where_they_apply(products, monkeypatch):
+    monkeypatch.setattr(products, "this_machine", lambda: Machine("NVIDIA X", "9.0", "0.8.0"))
+    monkeypatch.setattr(products.ffi, "prefill_runs", lambda capability: capability == "9.0")
+    monkeypatch.setattr(products.ffi, "decode_available", lambda: True)
+    many = ["dense", "prefill", "rows=64,split=2", "cusparselt"]
+    for rows, expected in ((16, [many[0], "decode", *many[1:]]), (17, many)):
+        options = products.Options(rows=rows, plans=("rows=64,split=2",))
+        assert list(products.products(options, (4096, 11008))) == expected
+    assert products.read_plan("rows=64,split=2") == {"rows": 64, "split": 2}
+
+
+@pytest.mark.parametrize("text", ["rows=65", "rows", "rows=64,tiles=2"])
+def test_what_is_no_plan_is_refused(products, text):
+    with pytest.raises(SystemExit, match=f"--plans {text}: FIELD=NUMBER"):
+        products.read_plan(text)
+
+
+def test_a_machine_without_any_of_them_says_so(products):
+    with pytest.raises(SystemExit, match="none of decode, prefill is there for 40 rows"):
+        products.main(products.Options(rows=40, ways=("decode", "prefill")))
