@@ -12,6 +12,7 @@ import jax
 from esparse_jax.sparse import (
     build,
     gpus,
+    has_prefill,
     library_blob_agrees,
     library_facts,
     load_table,
@@ -194,10 +195,12 @@ def _cusparselt() -> Section:
     if facts.version is not None:
         finding = Finding("cuSPARSELt", f"{facts.version}, {facts.path}")
     else:
-        mend = (
-            "on NVIDIA GPUs products of more than 16 rows need it: pip install "
-            "'.[cuda13,cusparselt]' (BUILD.md)."
+        use = (
+            "products of many rows are faster with it where it was measured so"
+            if has_prefill()
+            else "on NVIDIA GPUs products of more than 16 rows need it"
         )
+        mend = f"{use}: pip install '.[cuda13,cusparselt]' (BUILD.md)."
         finding = Finding("cuSPARSELt", f"not used: {facts.why_not}", mend)
     return [finding], {"cusparselt": facts._asdict()}
 
@@ -244,9 +247,10 @@ def _tuning() -> Section:
         mend = f"products are chosen without it. Remove it, or measure again: {why}"
         return [Finding("tuning table", f"{own} is not used", mend)], {"tuning": values}
     if stored.table is None:
+        many = "our own kernels multiply" if has_prefill() else "cuSPARSELt chooses its algorithm"
         mend = (
-            f"products are chosen by the number of rows alone, and cuSPARSELt chooses its "
-            f"algorithm. Measure: esparse tune MODEL, which writes {own}."
+            f"products are chosen by the number of rows alone, and {many}. Measure: esparse tune "
+            f"MODEL, which writes {own}."
         )
         return [Finding("tuning table", f"none for {machine}", mend)], {"tuning": values}
     products = {record.key[:3] for record in stored.table.records}

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from types import ModuleType
@@ -34,6 +35,8 @@ PLAN_FIELDS = tuple(PLAN_VALUES)
 MOST_WARPS = 16  # of a multiprocessor
 
 PREFILL_CAPABILITY = "9.0"  # whose instructions the prefill kernel is made of
+# What the handlers take at most: rows of x of that kernel, and weights of any.
+PREFILL_MAX_ROWS, MAX_WEIGHTS = 1 << 24, 1 << 31
 # What a plan of it may be; see ffi/cuda/prefill.h.
 PREFILL_PLAN_VALUES = {
     "rows": (64, 128, 256),
@@ -55,8 +58,8 @@ def _extension() -> ModuleType:
     extension = native.extension()
     if extension is None or not extension.HAS_CUDA:
         raise RuntimeError(
-            "the CUDA decode kernel needs the compiled extension with its CUDA part, which is not "
-            "in this build. Install with nvcc at hand, pip install . "
+            "our CUDA kernels need the compiled extension with its CUDA part, which is not in this "
+            "build. Install with nvcc at hand, pip install . "
             '-C cmake.define.ESPARSE_CUDA=ON (see BUILD.md), or use backend="reference".'
         )
     return extension
@@ -113,6 +116,7 @@ def _require_rows(rows: int) -> None:
         )
 
 
+_PREFILL_ASKED_FOR = threading.Event()
 _TRACED: ContextVar[bool] = ContextVar("esparse_jax_traced_calls", default=False)
 
 
@@ -128,7 +132,15 @@ def traced_calls() -> Iterator[None]:
 
 def prefill_runs(capability: str | None) -> bool:
     """Whether a computation that is lowered for such a GPU may hold the prefill kernel."""
-    return capability == PREFILL_CAPABILITY and prefill_available() and not _TRACED.get()
+    runs = capability == PREFILL_CAPABILITY and prefill_available() and not _TRACED.get()
+    if runs:
+        _PREFILL_ASKED_FOR.set()
+    return runs
+
+
+def prefill_was_asked_for() -> bool:
+    """Whether any computation of this process may hold it."""
+    return _PREFILL_ASKED_FOR.is_set()
 
 
 def records_calls() -> bool:

@@ -15,7 +15,6 @@ from esparse_jax import native
 from . import _ffi_cuda
 from .blob import Blob24, LibraryBlob24
 from .compress import Compressed24
-from .machine import this_machine
 
 
 @contextlib.contextmanager
@@ -33,18 +32,18 @@ def exportable() -> Iterator[list[jax.export.DisabledSafetyCheck]]:
     process that runs it calls `build()` first, which registers the targets there, and
     `load_cusparselt()` where products of many rows run on a GPU.
 
-    On Hopper products of many rows are otherwise traced into a kernel that is for this GPU alone,
-    and from jax 0.11 on products and attentions of a decode step into calls that XLA records
-    (`records_calls`), by targets that a process registers when it finds such a GPU. So there JAX's
-    caches are emptied on the way in and out: what was traced before is traced anew.
+    On Hopper, or by a table for such a GPU, products of many rows are otherwise traced into a
+    kernel that is for it alone; and on Hopper, from jax 0.11 on, products and attentions of a
+    decode step into calls that XLA records (`records_calls`), by targets that a process registers
+    when it finds such a GPU. Then JAX's caches are emptied on the way in and out: what was traced
+    before is traced anew.
 
     Yields:
         What `jax.export.export` takes as `disabled_checks`; empty where nothing is compiled.
     """
     extension = native.extension()
     names = [] if extension is None else sorted(extension.registrations())
-    machine = this_machine()
-    others = _ffi_cuda.records_calls() or _ffi_cuda.prefill_runs(machine and machine.capability)
+    others = _ffi_cuda.records_calls() or _ffi_cuda.prefill_was_asked_for()
     if others:
         jax.clear_caches()
     try:

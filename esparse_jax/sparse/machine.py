@@ -136,6 +136,12 @@ def records_calls() -> bool:
     return bool(gpus()) and _ffi_cuda.decode_available() and _ffi_cuda.records_calls()
 
 
+def has_prefill() -> bool:
+    """Whether the prefill kernel is for the GPU that JAX sees first, and in this build."""
+    machine = this_machine()
+    return machine is not None and _ffi_cuda.prefill_runs(machine.capability)
+
+
 def gpus() -> list[jax.Device]:
     """The NVIDIA GPUs that JAX sees."""
     try:

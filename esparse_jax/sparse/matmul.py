@@ -386,8 +386,16 @@ def _nearest(choice: _Choice, rows: int) -> list[Way]:
     return [] if table is None else table.nearest_ways(choice.shape, choice.dtype, rows)
 
 
-def _prefill_runs(choice: _Choice) -> bool:
-    """Whether the prefill kernel is for the GPU that this is lowered for."""
+def _has_failed(choice: _Choice, kernel: str) -> bool:
+    """Whether a kernel failed for any product on this GPU."""
+    table = None if choice.table is None else resolve_table(choice.table)
+    return table is not None and table.has_failed(kernel, choice.dtype)
+
+
+def _prefill_runs(choice: _Choice, rows: int) -> bool:
+    """Whether the prefill kernel is for the GPU that this is lowered for, and for this product."""
+    if rows > _ffi_cuda.PREFILL_MAX_ROWS or math.prod(choice.shape) > _ffi_cuda.MAX_WEIGHTS:
+        return False
     machine = this_machine()
     if machine is None and isinstance(choice.table, TuningTable):
         machine = choice.table.machine
@@ -399,10 +407,10 @@ def _ways(choice: _Choice, rows: int) -> list[Way]:
     kernel if there are few rows, as the nearest product, by the prefill kernel, and by the
     library's own choice.
 
-    A decode kernel that crashed, hung or computed wrong numbers is not among them, nor such a
-    prefill kernel. For more than 16 rows the decode kernel, which is then called for every 16 of
-    them, is there only where that was measured, and an algorithm that is asked for decides for the
-    library.
+    A decode kernel that crashed, hung or computed wrong numbers is not among them. A prefill kernel
+    that did so for any product is there only where it was measured since. For more than 16 rows the
+    decode kernel, which is then called for every 16 of them, is there only where that was measured,
+    and an algorithm that is asked for decides for the library.
     """
     record, few = _measured(choice, rows), rows <= _ffi_cuda.MAX_ROWS
     failed = {} if record is None else record.failed
@@ -410,12 +418,14 @@ def _ways(choice: _Choice, rows: int) -> list[Way]:
     if few:
         ways.append(Way("decode", math.inf))
     ways += _nearest(choice, rows)
-    ways += [Way("prefill", math.inf), Way("cusparselt", math.inf)]
+    if not _has_failed(choice, "prefill"):
+        ways.append(Way("prefill", math.inf))
+    ways.append(Way("cusparselt", math.inf))
     asked = choice.algorithm is not None
     pieces = record is not None and rows <= record.rows and not asked
     runs = {
         "decode": _ffi_cuda.decode_available() and (few or pieces) and "decode" not in failed,
-        "prefill": _prefill_runs(choice) and not asked and "prefill" not in failed,
+        "prefill": _prefill_runs(choice, rows) and not asked and "prefill" not in failed,
         "cusparselt": True,
     }
     return [way for way in ways if runs[way.kind]]

@@ -162,6 +162,19 @@ class TuningTable:
         """
         return self._by_key.get((np.dtype(dtype).name, *shape, bucket(rows)))
 
+    def has_failed(self, kernel: str, dtype: Any) -> bool:
+        """Whether one of our kernels crashed, hung or computed wrong numbers for any product in a
+        dtype, by its own rule.
+
+        Args:
+            kernel: "decode" or "prefill".
+        """
+        return any(
+            kernel in record.failed
+            for record in self.records
+            if record.dtype == np.dtype(dtype).name
+        )
+
     def nearest_ways(self, shape: tuple[int, int], dtype: Any, rows: int) -> list[Way]:
         """How many rows of the product nearest to one that was not measured are multiplied from the
         device form, the fastest first.
@@ -174,9 +187,9 @@ class TuningTable:
             shape: `(out, channel)` of the weight.
 
         Returns:
-            The prefill kernel and cuSPARSELt's algorithm, one or both; of a product that the
-            library was measured for, if there is one. Empty where nothing was measured in this
-            dtype for a quarter to four times the rows.
+            The prefill kernel, if it never failed in this dtype, and cuSPARSELt's algorithm, one or
+            both; of a product that the library was measured for, if there is one. Empty where
+            nothing was measured in this dtype for a quarter to four times the rows.
 
         Paper silent: the library's own choice was slower than dense in every product measured on an
             H200; which algorithm is best, and whether the prefill kernel is faster, follows the
@@ -200,7 +213,7 @@ class TuningTable:
             return []
         ways = []
         for way in min(measured, key=distance).ways():
-            if way.kind == "prefill":
+            if way.kind == "prefill" and not self.has_failed("prefill", dtype):
                 ways.append(Way("prefill", math.inf))
             elif way.algorithm is not None:
                 algorithm = dataclasses.replace(way.algorithm, workspace_bytes=None)
@@ -232,7 +245,12 @@ def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
         if before is None or not record.partial or before.partial or _faster(record, before):
             records[record.key] = record
         elif before.prefill is None and record.prefill is not None:
-            records[record.key] = dataclasses.replace(before, prefill=record.prefill)
+            failed = {
+                name: reason
+                for name, reason in before.failed.items()
+                if not name.startswith("prefill")
+            }
+            records[record.key] = dataclasses.replace(before, prefill=record.prefill, failed=failed)
     return TuningTable(newer.machine, newer.jax, tuple(records.values()))
 
 

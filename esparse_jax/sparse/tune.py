@@ -145,7 +145,7 @@ def prefill_plans(rows: int) -> list[dict[str, int]]:
     plans = [{"rows": tile, "cluster": 1, "split": split} for tile in tiles for split in splits]
     groups = (4, 8, 16) if rows > 2048 else (8,)
     for tile, group in itertools.product(tiles, groups):
-        for cluster in (1, 2) if tile == 256 and rows >= tile else (1,):
+        for cluster in (1, 2) if tile == 256 else (1,):
             plans.append({"rows": tile, "cluster": cluster, "group": group, "split": 1})
     return plans
 

@@ -61,7 +61,7 @@ double PrefillTime(int64_t rows, int64_t out, int64_t channels, const std::strin
                    uintptr_t blobs, int64_t blob_bytes, int64_t copies, uintptr_t y,
                    int32_t launches, int32_t replays) {
   const auto queue = [&](const Product& product, bool, cudaStream_t stream) {
-    return LaunchPrefill(product, {plan[0], plan[1], plan[2]}, stream);
+    return LaunchPrefill(product, PrefillPlanOf(plan.data()), stream);
   };
   return Time(ProductOf(rows, out, channels, dtype), x, blobs, blob_bytes, copies, y, queue,
               "the prefill kernel", launches, replays);

@@ -25,6 +25,10 @@ struct PrefillPlan {
 
 // As it is handed over: its fields in their order.
 constexpr int kPrefillPlanFields = 4;
+inline PrefillPlan PrefillPlanOf(const int32_t* fields) {
+  static_assert(sizeof(PrefillPlan) == kPrefillPlanFields * sizeof(int32_t));
+  return {fields[0], fields[1], fields[2], fields[3]};
+}
 constexpr int kMostSplit = 8;
 
 // y = x W^T of a product without fusion, on a device of compute capability 9.0. All buffers start

@@ -19,8 +19,7 @@ ffi::ErrorOr<PrefillPlan> CheckedPlan(const ffi::Span<const int32_t>& fields) {
                                            " numbers (rows, cluster, group, split); got ",
                                            fields.size(), "."));
   }
-  const int32_t* field = fields.begin();
-  const PrefillPlan plan = {field[0], field[1], field[2], field[3]};
+  const PrefillPlan plan = PrefillPlanOf(fields.begin());
   const bool rows = plan.rows == 0 || plan.rows == 64 || plan.rows == 128 || plan.rows == 256;
   const bool wide = plan.rows == 0 || plan.rows == 256;
   const bool cluster = plan.cluster == 0 || plan.cluster == 1 || (plan.cluster == 2 && wide);

@@ -73,7 +73,7 @@ def built(monkeypatch):
 def with_gpu(monkeypatch):
     """A machine with a GPU and the library, whose answers are made up."""
 
-    def put(capability="9.0", *, agrees=True, records=False, library=True):
+    def put(capability="9.0", *, agrees=True, records=False, library=True, prefill=False):
         gpu = SimpleNamespace(
             platform="gpu",
             device_kind="NVIDIA H200",
@@ -88,6 +88,7 @@ def with_gpu(monkeypatch):
             (doctor, "gpus", lambda: [gpu, gpu]),
             (doctor, "library_blob_agrees", lambda: agrees),
             (doctor, "records_calls", lambda: records),
+            (doctor, "has_prefill", lambda: prefill),
             (doctor, "this_machine", lambda: machine),
         ):
             monkeypatch.setattr(module, name, value)
@@ -176,10 +177,17 @@ def test_with_a_gpu_that_lacks_things(built, with_gpu, capsys):
     assert found["products in graphs"].startswith("traced by XLA")
     assert found["tuning table"] == "none for NVIDIA H200 (9.0) with cuSPARSELt 0.8.0"
     assert "esparse tune MODEL, which writes" in found["mend tuning table"]
+    assert "cuSPARSELt chooses its algorithm" in found["mend tuning table"]
     with_gpu(library=False)
     assert run() == 0
     found = said(capsys)
     assert found["cuSPARSELt"] == "not used: no file."
+    assert "products of more than 16 rows need it" in found["mend cuSPARSELt"]
+    with_gpu(library=False, prefill=True)
+    assert run() == 0
+    found = said(capsys)
+    assert "many rows are faster with it where it was measured so" in found["mend cuSPARSELt"]
+    assert "our own kernels multiply" in found["mend tuning table"]
     assert found["weight layout"].startswith("not compared")
     assert "mend weight layout" not in found
 

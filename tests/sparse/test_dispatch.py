@@ -379,11 +379,36 @@ def test_before_the_librarys_own_choice_comes_the_prefill_kernel(h200, hopper, m
         with use_table(tuned):
             assert is_prefill(lowered_here(64))
             assert algorithm_of(lowered_here(64, backend="cusparselt")) == -1
-    wrong = dataclasses.replace(record(64), failed={"prefill": "with 64 rows: wrong numbers"})
-    with use_table(table(wrong)):
+    with monkeypatch.context() as small, use_table(None):
+        small.setattr(_ffi_cuda, "PREFILL_MAX_ROWS", 40)
+        jax.clear_caches()
         assert algorithm_of(lowered_here(64)) == -1
+        small.setattr(_ffi_cuda, "PREFILL_MAX_ROWS", 64)
+        small.setattr(_ffi_cuda, "MAX_WEIGHTS", math.prod(SHAPE) - 1)
+        jax.clear_caches()
+        assert algorithm_of(lowered_here(64)) == -1
+    jax.clear_caches()
     monkeypatch.setattr(_ffi_cusparselt, "_find", lambda: "it is not installed.")
-    assert is_prefill(lowered_here(64))
+    with use_table(None):
+        assert is_prefill(lowered_here(64))
+
+
+@needs_prefill
+def test_a_prefill_kernel_that_failed_is_taken_only_where_it_was_measured_since(h200, hopper):
+    kernel, reason = KernelTime(4.0), {"prefill": "with 64 rows: SIGABRT"}
+    for failed in (
+        dataclasses.replace(record(64, library=5.0), failed=reason),
+        dataclasses.replace(record(64), out=8192, channels=8192, failed=reason),
+        dataclasses.replace(record(64, library=5.0), failed=reason, prefill=kernel),
+    ):
+        for rows in (64, 128, 4096):
+            with use_table(table(failed)):
+                assert not is_prefill(lowered_here(rows))
+    measured = dataclasses.replace(record(128, library=5.0), prefill=kernel)
+    with use_table(table(failed, measured)):
+        assert is_prefill(lowered_here(128))
+        assert not is_prefill(lowered_here(64))
+        assert not is_prefill(lowered_here(256))
 
 
 @needs_prefill

@@ -14,6 +14,8 @@ from decode_cases import random_blob, random_x
 from esparse_jax import native
 from esparse_jax.sparse import (
     LibraryBlob24,
+    Machine,
+    TuningTable,
     _ffi_cuda,
     compress24,
     compressed24_of,
@@ -21,6 +23,7 @@ from esparse_jax.sparse import (
     records_calls,
     sparse_matmul,
     sparse_matmul_reference,
+    use_table,
 )
 
 _RUN = """
@@ -102,6 +105,27 @@ def test_what_is_exported_is_traced_where_calls_are_recorded(recording):
     assert recording not in text
     assert native.extension().CUDA_DECODE_TARGET in text
     assert recording in lowered()
+
+
+@pytest.mark.skipif(
+    not _ffi_cuda.prefill_available(), reason="the extension was built without code for Hopper"
+)
+def test_what_a_table_chose_for_one_gpu_is_traced_anew():
+    """Also where no GPU is at hand, only its table."""
+    blob, x = random_blob((64, 64)), random_x(40, 64)
+    jitted = jax.jit(sparse_matmul)
+    target = native.extension().CUDA_PREFILL_TARGET
+
+    def lowered() -> str:
+        return jitted.trace(x, blob).lower(lowering_platforms=("cuda",)).as_text()
+
+    with use_table(TuningTable(Machine("NVIDIA H200", "9.0", "0.8.0"), jax.__version__)):
+        assert target in lowered()
+        with exportable() as checks:
+            exported = jax.export.export(jitted, platforms=["cuda"], disabled_checks=checks)
+            assert target not in exported(x, blob).mlir_module()
+        assert target in lowered()
+    jax.clear_caches()
 
 
 def test_an_error_inside_leaves_things_as_they_were(recording):

@@ -224,8 +224,10 @@ def test_what_some_algorithms_gave_replaces_a_full_search_only_where_it_is_faste
     assert merged(faster, full) is full
     assert merged(with_library(None, False), slower) is slower
     kernel = KernelTime(7.0, {"rows": 128})
-    with_prefill = merged(full, dataclasses.replace(slower, prefill=kernel))
-    assert with_prefill == dataclasses.replace(full, prefill=kernel)
+    library = {"cusparselt, id 3": "with 64 rows: no answer"}
+    failed = dataclasses.replace(full, failed={"prefill": "with 64 rows: SIGABRT", **library})
+    with_prefill = merged(failed, dataclasses.replace(slower, prefill=kernel))
+    assert with_prefill == dataclasses.replace(full, prefill=kernel, failed=library)
     assert (
         merged(with_prefill, dataclasses.replace(slower, prefill=KernelTime(5.0))) is with_prefill
     )
