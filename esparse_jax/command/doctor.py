@@ -198,7 +198,7 @@ def _cusparselt() -> Section:
         use = (
             "products of many rows are faster with it where it was measured so"
             if has_prefill()
-            else "on NVIDIA GPUs products of more than 16 rows need it"
+            else "on NVIDIA GPUs other than Hopper products of more than 16 rows need it"
         )
         mend = f"{use}: pip install '.[cuda13,cusparselt]' (BUILD.md)."
         finding = Finding("cuSPARSELt", f"not used: {facts.why_not}", mend)

@@ -182,7 +182,7 @@ def test_with_a_gpu_that_lacks_things(built, with_gpu, capsys):
     assert run() == 0
     found = said(capsys)
     assert found["cuSPARSELt"] == "not used: no file."
-    assert "products of more than 16 rows need it" in found["mend cuSPARSELt"]
+    assert "other than Hopper products of more than 16 rows need it" in found["mend cuSPARSELt"]
     with_gpu(library=False, prefill=True)
     assert run() == 0
     found = said(capsys)
