@@ -436,8 +436,8 @@ class Bench:
     layers: int | None = None
     """Only so many layers of the shape: 8 of llama-70b fit where all 80 do not."""
     batch: int = BenchOptions.batch
-    context: int = BenchOptions.context
-    """Tokens of each prompt."""
+    context: int | None = None
+    """Tokens of each prompt; 1,024, or as many as the model has room for, if not given."""
     new_tokens: int = BenchOptions.new_tokens
     """Decode steps of a measurement, rounded up to a multiple of 16."""
     forms: tuple[Literal["dense", "sparse", "plain", "torch"], ...] = ("dense", "sparse")
@@ -463,13 +463,15 @@ class Bench:
             shape=self.shape,
             layers=self.layers,
             batch=self.batch,
-            context=self.context,
+            context=BenchOptions.context if self.context is None else self.context,
             new_tokens=self.new_tokens,
             dtype=self.dtype,
             shuffle=self.shuffle,
             repeats=self.repeats,
             minutes=self.minutes,
         )
+        if self.context is None:
+            options = options.fitted()
         forms = tuple(dict.fromkeys((*self.forms, "torch") if self.torch else self.forms))
         options.check(forms)
         base: list[BenchResult] = []

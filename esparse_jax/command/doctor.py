@@ -169,6 +169,8 @@ def _cuda() -> Section:
         return [Finding("CUDA part", "not in this build", mend)], values
     not_run = [name for name in built.cuda_code if name not in RUN_ON]
     text = f"CUDA {built.cuda_toolkit}, for {', '.join(built.cuda_code)}"
+    if built.prefill:
+        text += ", with the prefill kernel (sm_90a)"
     if not_run:
         text += f"; compiled, not run: {', '.join(not_run)}"
     unserved = [
@@ -184,6 +186,7 @@ def _cuda() -> Section:
     values["cuda"] = {
         "toolkit": built.cuda_toolkit,
         "code": list(built.cuda_code),
+        "prefill": built.prefill,
         "not_run": not_run,
         "serves_this_gpu": not unserved if gpus() else None,
     }

@@ -152,6 +152,15 @@ class BenchOptions:
         """Positions that each row needs."""
         return self.context + (self.steps + 1 if self.stage == "decode" else 0)
 
+    def fitted(self) -> "BenchOptions":
+        """With no longer a context than the model has room for.
+
+        Raises:
+            FileNotFoundError: No such model.
+        """
+        over = self.slots - self.config().max_position_embeddings
+        return dataclasses.replace(self, context=max(1, self.context - max(0, over)))
+
     def config(self) -> LlamaConfig:
         """The configuration of the model; a shape's with the slots that are needed."""
         if self.model is not None:

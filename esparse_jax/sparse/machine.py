@@ -63,6 +63,7 @@ class Build(NamedTuple):
         cuda_toolkit: The version that its CUDA part was compiled with; None without that part.
         cuda_code: The architectures it has machine code for, "sm_90", and those it has PTX for,
             "PTX of sm_90", which later GPUs translate.
+        prefill: Whether the prefill kernel is in it, which is for compute capability 9.0.
     """
 
     file: str | None
@@ -70,6 +71,7 @@ class Build(NamedTuple):
     cpu_levels: tuple[str, ...]
     cuda_toolkit: str | None
     cuda_code: tuple[str, ...]
+    prefill: bool = False
 
     def runs_on(self, capability: str) -> bool:
         """Whether its CUDA part runs on a GPU of this compute capability, "9.0"."""
@@ -106,6 +108,7 @@ def build() -> Build:
         _ffi.cpu_levels(),
         extension.CUDA_TOOLKIT or None,
         tuple(code),
+        _ffi_cuda.prefill_available(),
     )
 
 

@@ -89,7 +89,7 @@ def test_what_cannot_be_measured_ends_in_one_line(scripted, capsys, tmp_path):
         (("decode", directory, "--shape", "tiny"), "bench what?"),
         (("decode", tmp_path / "none"), "There is no directory"),
         (("decode", directory, "--context", 8, "--new-tokens", 1), "esparse compress"),
-        (("prefill", directory, "--forms", "plain"), "1024 take 1024 positions"),
+        (("prefill", directory, "--forms", "plain", "--context", 1024), "1024 take 1024 positions"),
         (("decode", "--shape", "tiny", "--layers", 5), "layers is 5; tiny has 2"),
         (("decode", "--shape", "tiny", "--batch", -1), "batch is -1; it must be at least 1"),
     ):
@@ -100,6 +100,13 @@ def test_what_cannot_be_measured_ends_in_one_line(scripted, capsys, tmp_path):
     assert scripted == []
     assert run("train", "--shape", "tiny") == 2
     assert run("decode", "--shape", "llama-9b") == 2
+
+
+def test_the_context_is_what_there_is_room_for_unless_it_is_given(scripted, tmp_path):
+    tiny_checkpoint(tmp_path / "model")
+    assert run("prefill", tmp_path / "model", "--forms", "plain") == 0
+    assert run("prefill", tmp_path / "model", "--forms", "plain", "--context", 9) == 0
+    assert [options.context for options, _ in scripted] == [128, 9]
 
 
 @pytest.mark.parametrize("asked", [("--torch",), ("--forms", "sparse", "torch")])

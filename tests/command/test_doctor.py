@@ -43,13 +43,14 @@ def said(capsys) -> dict[str, str]:
     return values | {f"mend {mend.split(': ')[0]}": mend.split(": ", 1)[1] for mend in mends}
 
 
-def extension(code="80-real 86-real 89-real 90", toolkit="13.0.88"):
+def extension(code="80-real 86-real 89-real 90", toolkit="13.0.88", prefill="prefill"):
     return SimpleNamespace(
         CUDA_ARCHITECTURES=code,
         CUDA_TOOLKIT=toolkit,
         FFI_API_VERSION="0.3",
         HAS_CUDA=bool(toolkit),
         CUDA_RECORDED_TARGET=None,
+        CUDA_PREFILL_TARGET=prefill,
         __file__="/site/_esparse_ffi.so",
         cpu_levels=lambda: ("avx2", "portable"),
     )
@@ -137,8 +138,8 @@ def test_with_a_gpu_and_everything(built, with_gpu, tmp_path, capsys):
     assert found["extension"] == "/site/_esparse_ffi.so, for XLA's FFI 0.3"
     assert found["CPU levels"] == "avx2, portable"
     assert found["CUDA part"] == (
-        "CUDA 13.0.88, for sm_80, sm_86, sm_89, sm_90, PTX of sm_90; compiled, not run: sm_80, "
-        "sm_86, sm_89, PTX of sm_90"
+        "CUDA 13.0.88, for sm_80, sm_86, sm_89, sm_90, PTX of sm_90, with the prefill kernel "
+        "(sm_90a); compiled, not run: sm_80, sm_86, sm_89, PTX of sm_90"
     )
     assert found["cuSPARSELt"] == "0.8.0, /site/libcusparseLt.so.0"
     assert found["weight layout"].startswith("cuSPARSELt reads and writes Blob24")
@@ -148,6 +149,7 @@ def test_with_a_gpu_and_everything(built, with_gpu, tmp_path, capsys):
     report = json.loads((tmp_path / "doctor.json").read_text())
     assert report["missing"] == []
     assert report["cuda"]["serves_this_gpu"] is True
+    assert report["cuda"]["prefill"] is True
     assert report["devices"][1]["bytes"] == 10**11
     assert report["tuning"] == {"files": [str(file)], "own_file": str(file), "records": 2}
     assert (report["blob_agrees"], report["records_calls"]) == (True, True)
@@ -166,10 +168,11 @@ def test_a_table_that_cannot_be_used_is_named(built, with_gpu, capsys):
 
 
 def test_with_a_gpu_that_lacks_things(built, with_gpu, capsys):
-    built(extension("80-real"))
+    built(extension("80-real", prefill=None))
     with_gpu(agrees=False)
     assert run() == 0
     found = said(capsys)
+    assert "prefill" not in found["CUDA part"]
     assert "no code for compute capability 9.0" in found["mend CUDA part"]
     assert "CMAKE_CUDA_ARCHITECTURES=90" in found["mend CUDA part"]
     assert found["weight layout"] == "cuSPARSELt has one of its own"
@@ -243,7 +246,8 @@ def test_code_is_read_as_cmake_names_it(built):
     built(extension("80-real 86 90-virtual 90a-real"))
     code = machine_file.build().cuda_code
     assert code == ("sm_80", "sm_86", "PTX of sm_86", "PTX of sm_90", "sm_90a")
-    built(extension("", ""))
+    assert machine_file.build().prefill
+    built(extension("", "", prefill=None))
     assert machine_file.build() == Build(
         "/site/_esparse_ffi.so", "0.3", ("avx2", "portable"), None, ()
     )

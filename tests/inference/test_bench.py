@@ -219,6 +219,20 @@ def test_a_shape_takes_the_context_that_is_asked_for():
     assert BenchOptions(shape="tiny", stage="prefill", context=9).slots == 9
 
 
+def test_a_model_has_no_longer_a_context_than_it_has_room_for(directories):
+    hf, _ = directories  # 64 positions
+    for stage, context, fitted in (
+        ("decode", 1024, 64 - 33), ("decode", 20, 20), ("prefill", 1024, 64),
+    ):  # fmt: skip
+        options = BenchOptions(model=hf, stage=stage, context=context, new_tokens=18)
+        assert options.fitted().context == fitted
+        options.fitted().check(("dense",))
+    options = BenchOptions(shape="tiny", context=5000)
+    assert options.fitted() == options
+    with pytest.raises(FileNotFoundError, match="There is no directory"):
+        BenchOptions(model=hf + "x").fitted()
+
+
 def test_auto_is_what_the_machine_is_fast_in(directories):
     shape, model = BenchOptions(shape="tiny"), BenchOptions(model=directories[1])
     assert bench.dtype_of(shape, on_cpu=True) == bench.dtype_of(model, on_cpu=True) == "float32"
