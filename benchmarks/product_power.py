@@ -9,8 +9,9 @@ the driver lowers the clock. So times of some milliseconds promise more than a m
 product runs for `--seconds` before it is timed for as long again, one after the other:
 
 - `dense`: XLA's dot with the dense weight.
-- `decode`: the decode kernel, up to 16 rows; `prefill`: the prefill kernel by its own rule, and by
-  each of `--plans`; `cusparselt`: the library by the algorithm of the machine's tuning table.
+- `decode`: the decode kernel, up to 16 rows; `prefill`: the prefill kernel by its own rule;
+  `cusparselt`: the library by the algorithm of the machine's tuning table; and the prefill kernel
+  by each of `--plans`.
 - `dispatch`: `sparse_matmul(x, blob)`, as a model calls it.
 
 `cycles` are those of one multiprocessor for 128 outputs x 256 rows x 64 channels, if the work were
@@ -18,12 +19,12 @@ spread evenly: the sparse tensor cores of Hopper need 512, the dense ones 1,024.
 numbers are zeros, which take less power.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ STAGE = 128 * 256 * 64
 Way = Literal["dense", "decode", "prefill", "cusparselt", "dispatch"]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
     """What to multiply."""
 
@@ -88,6 +89,13 @@ def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
 def products(options: Options, shape: tuple[int, int]) -> dict[str, Callable]:
     """What is asked for and there is, by name; all but `dense` take the compressed weight."""
     machine, few = this_machine(), options.rows <= ffi.MAX_ROWS
+    plans = {text: read_plan(text) for text in options.plans}
+    has_prefill = ffi.prefill_runs(machine and machine.capability)
+    if plans and not has_prefill:
+        raise SystemExit(
+            "benchmarks/product_power.py: --plans are the prefill kernel's, which takes a GPU of "
+            f"compute capability {ffi.PREFILL_CAPABILITY} and a build for it (BUILD.md); name none."
+        )
     found: dict[str, Callable] = {}
     for way in options.ways:
         if way == "dense":
@@ -96,16 +104,17 @@ def products(options: Options, shape: tuple[int, int]) -> dict[str, Callable]:
             found[way] = sparse_matmul
         elif way == "decode" and few and ffi.decode_available():
             found[way] = functools.partial(sparse_matmul, backend="decode")
-        elif way == "prefill" and ffi.prefill_runs(machine and machine.capability):
+        elif way == "prefill" and has_prefill:
             found[way] = functools.partial(sparse_matmul, backend="prefill")
-            for text in options.plans:
-                found[text] = functools.partial(_by_plan, plan=read_plan(text))
         elif way == "cusparselt" and machine is not None and machine.cusparselt is not None:
             table = stored_table(machine).table
-            record = table and table.find(shape, options.dtype, options.rows)
-            library = record and record.cusparselt
-            algorithm = library.algorithm if library else None
+            record = None if table is None else table.find(shape, options.dtype, options.rows)
+            algorithm = None  # the library's own choice
+            if record is not None and record.cusparselt is not None:  # a workspace is for its rows
+                algorithm = dataclasses.replace(record.cusparselt.algorithm, workspace_bytes=None)
             found[way] = functools.partial(sparse_matmul, backend="cusparselt", algorithm=algorithm)
+    for text, plan in plans.items():
+        found[text] = functools.partial(_by_plan, plan=plan)
     return found
 
 
@@ -182,7 +191,11 @@ def main(options: Options) -> None:
             print(line(way, found), flush=True)
             del chain, weights
     if options.json is not None:
-        report = {"device": device.device_kind, "options": asdict(options), "results": results}
+        report = {
+            "device": device.device_kind,
+            "options": dataclasses.asdict(options),
+            "results": results,
+        }
         write_text(options.json, json.dumps(report, indent=1, default=str) + "\n")
 
 

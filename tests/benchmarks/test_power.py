@@ -5,11 +5,13 @@ import json
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from esparse_jax.sparse.machine import Machine
+from esparse_jax.sparse import Algorithm, Machine, Record, TuningTable
+from esparse_jax.sparse.table import LibraryTime
 
 
 @pytest.fixture
@@ -159,10 +161,19 @@ def test_ways_are_there_where_they_apply(products, monkeypatch):
     monkeypatch.setattr(products, "this_machine", lambda: Machine("NVIDIA X", "9.0", "0.8.0"))
     monkeypatch.setattr(products.ffi, "prefill_runs", lambda capability: capability == "9.0")
     monkeypatch.setattr(products.ffi, "decode_available", lambda: True)
-    many = ["dense", "prefill", "rows=64,split=2", "cusparselt"]
+    best = LibraryTime(5.0, Algorithm(6, workspace_bytes=100))
+    record = Record(4096, 11008, "float16", 4096, 9.0, cusparselt=best)
+    table = TuningTable(products.this_machine(), "1", (record,))
+    monkeypatch.setattr(products, "stored_table", lambda machine: SimpleNamespace(table=table))
+    many = ["dense", "prefill", "cusparselt", "rows=64,split=2"]
     for rows, expected in ((16, [many[0], "decode", *many[1:]]), (17, many)):
         options = products.Options(rows=rows, plans=("rows=64,split=2",))
         assert list(products.products(options, (4096, 11008))) == expected
+    options = products.Options(rows=3000, ways=("cusparselt",))
+    (library,) = products.products(options, (4096, 11008)).values()
+    assert library.keywords["algorithm"] == Algorithm(6)  # without the workspace of 4,096 rows
+    options = products.Options(rows=3000, ways=("dense",), plans=("rows=64",))
+    assert list(products.products(options, (64, 64))) == ["dense", "rows=64"]
     assert products.read_plan("rows=64,split=2") == {"rows": 64, "split": 2}
 
 
@@ -170,6 +181,12 @@ def test_ways_are_there_where_they_apply(products, monkeypatch):
 def test_what_is_no_plan_is_refused(products, text):
     with pytest.raises(SystemExit, match=f"--plans {text}: FIELD=NUMBER"):
         products.read_plan(text)
+
+
+def test_plans_are_refused_where_their_kernel_is_not(products):
+    options = products.Options(rows=40, ways=("dense",), plans=("rows=64",))
+    with pytest.raises(SystemExit, match=r"--plans are the prefill kernel's.*9\.0.*name none"):
+        products.main(options)
 
 
 def test_a_machine_without_any_of_them_says_so(products):

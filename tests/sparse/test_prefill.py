@@ -114,6 +114,29 @@ def test_split_channels_are_added_up(dtype, rows):
 @pytest.mark.gpu
 @needs_hopper
 @needs_build
+def test_the_timer_runs_the_plan_that_it_is_given():
+    """Sums of split channels have bits of their own, which tell the plans apart."""
+    blob, x = random_blob((256, 4096)), random_x(64, 4096)
+    bits = set()
+    for split in (1, 2, 5):
+        plan = {"rows": 64, "cluster": 1, "group": 8, "split": split}
+        want = np.asarray(prefill(x, blob, plan=plan))
+        y = jnp.full_like(want, jnp.nan)
+        jax.block_until_ready((x, blob.data, y))
+        _ffi_cuda._extension().prefill_time(
+            plan=_ffi_cuda.prefill_plan(plan).tolist(), launches=1, replays=1, rows=64, out=256,
+            channels=4096, dtype="float16", x=x.unsafe_buffer_pointer(),
+            blobs=blob.data.unsafe_buffer_pointer(), blob_bytes=blob.nbytes, copies=1,
+            y=y.unsafe_buffer_pointer(),
+        )  # fmt: skip
+        np.testing.assert_array_equal(y, want, err_msg=str(plan))
+        bits.add(want.tobytes())
+    assert len(bits) == 3
+
+
+@pytest.mark.gpu
+@needs_hopper
+@needs_build
 def test_a_long_run_gives_the_same_bits_again():
     """A race between copies and products would show as other bits in some run."""
     blob, x = random_blob((4096, 4096)), random_x(3000, 4096)
