@@ -24,9 +24,9 @@ from esparse_jax.sparse.tune import decode_plans
 
 SHAPES = dict.fromkeys(
     f"{out}x{channels}"
-    for name in ("llama-7b", "table-5", "llama-13b", "llama-3-8b")
+    for name in ("llama-7b", "table-5", "llama-13b", "llama-3-8b", "llama-70b")
     for out, channels in PUBLISHED_SHAPES[name].values()
-) | {"8192x28672": None}  # the down projection of 70B
+) | {"24576x8192": None}  # q, k, v of 65B
 
 
 @dataclass(frozen=True)

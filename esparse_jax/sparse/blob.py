@@ -124,8 +124,9 @@ def blob24(compressed: Compressed24) -> Blob24:
 
     Raises:
         ValueError: `out` or `channel` is no multiple of 64.
-        TypeError: The weight is neither float16 nor bfloat16.
+        TypeError: The weight is neither float16 nor bfloat16, or it is not compressed.
     """
+    _require_compressed(compressed)
     out, kept = compressed.values.shape
     shape = (out, 2 * kept)
     reason = why_no_blob(shape, compressed.dtype)
@@ -136,6 +137,14 @@ def blob24(compressed: Compressed24) -> Blob24:
             f"zeros, or keep it as Compressed24, which every shape and dtype can use."
         )
     return Blob24(_pack(compressed.values, compressed.indices), shape, np.dtype(compressed.dtype))
+
+
+def _require_compressed(weight: object) -> None:
+    if not isinstance(weight, Compressed24):
+        raise TypeError(
+            f"the device form is made of a Compressed24; got {type(weight).__name__}. Compress a "
+            f"dense 2:4 weight first, compress24(weight)."
+        )
 
 
 @jax.jit
@@ -179,9 +188,10 @@ def device_blob24(compressed: Compressed24) -> Blob24 | LibraryBlob24:
     Raises:
         ValueError: `out` or `channel` is no multiple of 16, or it is none of 64 and the library is
             not there.
-        TypeError: The weight is neither float16 nor bfloat16.
+        TypeError: The weight is neither float16 nor bfloat16, or it is not compressed.
         RuntimeError: The library refuses the weight.
     """
+    _require_compressed(compressed)
     out, kept = compressed.values.shape
     shape, dtype = (out, 2 * kept), np.dtype(compressed.dtype)
     reason = why_no_blob(shape, dtype)

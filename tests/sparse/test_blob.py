@@ -1,5 +1,7 @@
 """The device form of a 2:4 weight against a slow loop over its written-down layout."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from esparse_jax.sparse import (
     compress24,
     compressed24_of,
     decompress24,
+    device_blob24,
     interleave_gate_up,
     sparse_matmul,
     sparse_matmul_reference,
@@ -86,6 +89,13 @@ def test_blob_and_back_is_exact_inside_jit(dtype):
 def test_what_has_no_blob_is_refused(shape, dtype, error, match):
     with pytest.raises(error, match=match):
         blob24(compress24(_weight(shape, dtype)))
+
+
+@pytest.mark.parametrize("form", [blob24, device_blob24])
+def test_a_dense_weight_is_told_to_be_compressed_first(form):
+    untyped = inspect.unwrap(form)  # as users have it: the tests check types before that
+    with pytest.raises(TypeError, match=r"made of a Compressed24; got .*compress24\(weight\)"):
+        untyped(jnp.zeros((64, 64), jnp.float16))
 
 
 def test_interleaved_gate_and_up_alternate_by_eight_rows():
