@@ -140,12 +140,13 @@ def test_the_timer_runs_the_plan_that_it_is_given():
 def test_a_long_run_gives_the_same_bits_again():
     """A race between copies and products would show as other bits in some run."""
     blob, x = random_blob((4096, 4096)), random_x(3000, 4096)
+    first_rows = exact(x[:64], blob)
+    same = jax.jit(lambda y, want: (y == want).all())  # there: copies to the host take far longer
     for plan in PLANS + SPLIT:
         run = jax.jit(functools.partial(prefill, plan=plan))
-        want = np.asarray(run(x, blob))
-        assert relative(want[:64], exact(x[:64], blob)) < 1.5 * rounding(x.dtype), plan
-        for _ in range(20):
-            np.testing.assert_array_equal(run(x, blob), want, err_msg=str(plan))
+        want = run(x, blob)
+        assert relative(want[:64], first_rows) < 1.5 * rounding(x.dtype), plan
+        assert all([same(run(x, blob), want) for _ in range(20)]), plan
 
 
 @pytest.mark.gpu
