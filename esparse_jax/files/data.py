@@ -166,7 +166,13 @@ def evaluation_windows(
 
     Raises:
         ValueError: The stream is shorter than one window, or a window predicts nothing.
+        TypeError: It is no array, but a path, say.
     """
+    if not hasattr(tokens, "reshape"):
+        raise TypeError(
+            f"evaluation_windows takes a stream of tokens, a numpy array; got "
+            f"{type(tokens).__name__}. read_text_tokens makes one of a file."
+        )
     if sequence_length < 2:
         raise ValueError(
             f"sequence_length is {sequence_length}; a window needs at least 2 tokens, one to read "

@@ -195,9 +195,9 @@ class BenchOptions:
         context = self.config().max_position_embeddings
         if self.slots > context:
             raise ValueError(
-                f"A context of {self.context}"
-                + (f" and {self.steps + 1} new tokens" if self.stage == "decode" else "")
-                + f" take {self.slots} positions; {self.model} has {context}. Take less of either."
+                f"{self.context} tokens of context"
+                + (f" and {self.steps + 1} new ones" if self.stage == "decode" else "")
+                + f" take {self.slots} positions; {self.model} has {context}. Take fewer."
             )
         if "sparse" in forms and not compressed_layers(self.model):
             raise ValueError(

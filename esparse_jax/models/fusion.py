@@ -26,7 +26,12 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from esparse_jax.models.inference import InferenceLayer, InferenceModel
 from esparse_jax.models.layers import DenseLinear, MaskedLinear, ObservedLinear, SparseLinear
-from esparse_jax.models.llama import LlamaConfig, LlamaDecoderLayer, LlamaForCausalLM
+from esparse_jax.models.llama import (
+    CausalLM,
+    LlamaConfig,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+)
 from esparse_jax.models.surgery import iter_linears, set_linear, weight_of
 from esparse_jax.sparse.blob import blob24, device_blob24, interleave_gate_up, why_no_blob
 from esparse_jax.sparse.compress import (
@@ -89,10 +94,15 @@ def inference_model(
     Raises:
         ValueError: An unknown form, an inference model of another form, or a model without any
             compressed layer.
-        TypeError: Layers that are observed.
+        TypeError: Layers that are observed, or no model.
 
     Source: E-Sparse, section 4.
     """
+    if not isinstance(model, CausalLM):
+        raise TypeError(
+            f"inference_model takes a model; got {type(model).__name__}. Load it first, with "
+            f"load_model, or load_inference_model, which does both."
+        )
     builder = InferenceBuilder(model.config, dtype=model.dtype, form=form)
     if isinstance(model, InferenceModel):
         if form not in (None, model.form):

@@ -414,8 +414,16 @@ def prune_params(
     Returns:
         Pruned parameters in a pytree of the same structure and dtypes, and the report; its paths
         are the checkpoint's names.
+
+    Raises:
+        TypeError: `model_config` is nothing of that kind.
     """
     if not isinstance(model_config, LlamaConfig):
+        if not isinstance(model_config, Mapping) and not hasattr(model_config, "to_dict"):
+            raise TypeError(
+                f"model_config is a LlamaConfig, the fields of config.json, or a transformers "
+                f"config; got {type(model_config).__name__}."
+            )
         fields = model_config if isinstance(model_config, Mapping) else model_config.to_dict()
         model_config = LlamaConfig.from_dict(fields)
     model = model_from_flax_params(params, model_config)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
 
-from esparse_jax import native
+from esparse_jax import native, platforms
 
 MAX_SUM_FORMS = ("passes", "split", "triton", "cuda")
 
@@ -51,6 +51,7 @@ def max_sum(
             be called and "triton" where not, "split" on other platforms.
 
     Raises:
+        NotImplementedError: "cuda" in a computation that is compiled for another platform.
         RuntimeError: "cuda" without the extension's CUDA kernels.
         TypeError: "cuda" for another dtype than int32.
     """
@@ -70,7 +71,9 @@ def max_sum(
                 f'form="cuda" adds up int32 scores; got {left.dtype}. Take fixed_scores of them, '
                 f"or form=None."
             )
-        return jax.lax.platform_dependent(left, right, cuda=_cuda)
+        return platforms.only_on(
+            "cuda", _cuda, left, right, what='form="cuda"', instead="Take form=None instead."
+        )
     if form == "triton":
         return jax.lax.platform_dependent(
             left, right, cpu=_interpreted_triton, default=_compiled_triton

@@ -4,12 +4,15 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
+
+from esparse_jax import platforms
 
 from . import _ffi, _ffi_cuda, _ffi_cusparselt
 from ._ffi_cusparselt import Algorithm
@@ -81,8 +84,10 @@ def sparse_matmul(
         ValueError: `x` has another number of channels than the weight, or an unknown backend, or
             an algorithm for a backend that has none, or a table in use (`use_table`) that is for
             another GPU.
-        TypeError: `x` and the weight have different dtypes, or the backend reads another form of
-            the weight.
+        TypeError: The weight is not compressed, `x` has another dtype than it, or the backend reads
+            another form of it.
+        NotImplementedError: The backend is for another platform than the one that the computation
+            is compiled for.
         RuntimeError: backend="cpu" without the extension, "decode" without its CUDA part,
             "prefill" without that for Hopper, "cusparselt" without the library, or where it does
             not read the weight or refuses the product.
@@ -94,6 +99,11 @@ def sparse_matmul(
     if algorithm is not None and backend not in (None, "cusparselt"):
         raise ValueError(
             f'an algorithm is cuSPARSELt\'s, backend="cusparselt" or None; got backend={backend!r}.'
+        )
+    if not isinstance(compressed, Compressed24 | Blob24 | LibraryBlob24):
+        raise TypeError(
+            f"sparse_matmul multiplies a compressed weight; got {type(compressed).__name__}. "
+            f"Compress a dense 2:4 weight first, compress24(weight)."
         )
     if isinstance(compressed, Blob24 | LibraryBlob24):
         _require_matching_blob(x, compressed, backend)
@@ -115,7 +125,7 @@ def sparse_matmul(
     if backend in ("decode", "prefill", "cusparselt"):
         raise TypeError(
             f"backend={backend!r} multiplies the device form of a weight; got a Compressed24. "
-            f"Convert it once, when the model is loaded: device_blob24(compressed)."
+            f"Convert it once, when the model is loaded, with esparse_jax.sparse.device_blob24."
         )
     if backend is None and jax.default_backend() == "gpu":
         _log_once("a weight that is not in its device form (blob24) is unpacked at every call")
@@ -188,7 +198,7 @@ def _batchable(backend: Backend | None):
         if backend == "reference":
             return _reference(x, values, indices)
         if backend == "cpu":
-            return jax.lax.platform_dependent(x, values, indices, cpu=_ffi.cpu_product)
+            return _only_on("cpu", _ffi.cpu_product, x, values, indices, backend=backend)
         if values.dtype.name in _ffi.CPU_DTYPES and _ffi.cpu_product_available():
             return jax.lax.platform_dependent(x, values, indices, cpu=_cpu, default=_reference)
         return _reference(x, values, indices)
@@ -210,6 +220,18 @@ def _batchable(backend: Backend | None):
         return jax.lax.map(one, jnp.arange(axis_size)), True
 
     return product
+
+
+def _only_on(
+    platform: str, call: Callable[..., Array], *operands: Array, backend: Backend | None
+) -> Array:
+    """The product by a backend that one platform has."""
+    if backend is None:  # a LibraryBlob24
+        what, instead = "A LibraryBlob24", "Keep the weight as Compressed24, which all have."
+    else:
+        what = f"backend={backend!r}"
+        instead = "Leave backend out to have the fastest that each platform has."
+    return platforms.only_on(platform, call, *operands, what=what, instead=instead)
 
 
 class _Choice(NamedTuple):
@@ -285,8 +307,15 @@ def _batchable_blob(choice: _Choice):
         other = _batchable(None if backend in ("decode", "prefill") else backend)
         return other(x, compressed.values, compressed.indices)
 
-    def decode(x, data, plan=None, **default):
-        """By the decode kernel on CUDA, and where it is lowered for another, by the default."""
+    def on(platform, call, x, data, default):
+        if default is None:
+            return _only_on(platform, call, x, data, backend=backend)
+        return jax.lax.platform_dependent(x, data, **{platform: call}, default=default)
+
+    def decode(x, data, plan=None, default=None):
+        """By the decode kernel on CUDA; where it is lowered for another, by the default, or refused
+        if there is none.
+        """
 
         def call(x, data):
             if backend == "decode":  # which refuses more than 16 rows
@@ -297,15 +326,15 @@ def _batchable_blob(choice: _Choice):
                 x, data, out=shape[0], prefetch=prefetch, plan=None if prefetch else plan
             )
 
-        return jax.lax.platform_dependent(x, data, cuda=call, **default)
+        return on("cuda", call, x, data, default)
 
-    def prefilled(x, data, plan=None, **default):
+    def prefilled(x, data, plan=None, default=None):
         """By the prefill kernel, in the same way."""
         call = functools.partial(_ffi_cuda.prefill, out=shape[0], plan=plan)
-        return jax.lax.platform_dependent(x, data, cuda=call, **default)
+        return on("cuda", call, x, data, default)
 
-    def library(x, data, readers, best, **default):
-        """By cuSPARSELt on its platform, and where it is lowered for another, by the default.
+    def library(x, data, readers, best, default=None):
+        """By cuSPARSELt on its platform, in the same way.
 
         By the algorithm that was asked for, by the one that was measured to be the best, or by its
         own choice.
@@ -320,7 +349,7 @@ def _batchable_blob(choice: _Choice):
 
         opened = _ffi_cusparselt.opened_library()
         platform = "cuda" if opened is None else opened.platform
-        return jax.lax.platform_dependent(x, data, **{platform: call}, **default)
+        return on(platform, call, x, data, default)
 
     def fastest(x, data):
         """In the first of the ways that this machine has."""
@@ -508,7 +537,7 @@ def _require_readers() -> tuple[int, ...]:
     raise RuntimeError(
         "cuSPARSELt on this GPU does not read a Blob24: its layout is another, or it could not be "
         "asked (one line was logged, which says which). Make the weight with "
-        "device_blob24(compressed)."
+        "esparse_jax.sparse.device_blob24."
     )
 
 

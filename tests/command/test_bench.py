@@ -89,7 +89,10 @@ def test_what_cannot_be_measured_ends_in_one_line(scripted, capsys, tmp_path):
         (("decode", directory, "--shape", "tiny"), "bench what?"),
         (("decode", tmp_path / "none"), "There is no directory"),
         (("decode", directory, "--context", 8, "--new-tokens", 1), "esparse compress"),
-        (("prefill", directory, "--forms", "plain", "--context", 1024), "1024 take 1024 positions"),
+        (
+            ("prefill", directory, "--forms", "plain", "--context", 1024),
+            "1024 tokens of context take 1024 positions",
+        ),
         (("decode", "--shape", "tiny", "--layers", 5), "layers is 5; tiny has 2"),
         (("decode", "--shape", "tiny", "--batch", -1), "batch is -1; it must be at least 1"),
     ):

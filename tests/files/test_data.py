@@ -1,3 +1,4 @@
+import inspect
 import json
 from pathlib import Path
 
@@ -269,3 +270,9 @@ def test_prompts_are_the_lines_that_are_not_blank(tmp_path):
         read_prompts(file)
     with pytest.raises(FileNotFoundError, match="Give a text file, one prompt a line"):
         read_prompts(tmp_path)
+
+
+def test_a_path_in_place_of_tokens_is_told_who_reads_it():
+    untyped = inspect.unwrap(evaluation_windows)  # the annotations refuse it first
+    with pytest.raises(TypeError, match=r"got str\. read_text_tokens makes one of a file"):
+        untyped("valid.txt", 4)

@@ -197,13 +197,17 @@ def test_what_a_model_lacks_is_said_before_anything_runs(directories, monkeypatc
         ({"shape": "tiny"}, (), "forms must be some of sparse, dense, plain, torch; got none"),
         ({"shape": "tiny"}, ("dense", "quick"), "got quick"),
         ({"shape": "tiny"}, ("dense", "torch"), r'not installed.*"esparse-jax\[bench\]"'),
-        ({"model": hf}, ("sparse",), "20 and 33 new tokens take 53"),
+        ({"model": hf}, ("sparse",), "20 tokens of context and 33 new ones take 53"),
         ({"model": hf, "context": 9}, ("dense", "sparse"), "holds no compressed layer.*esparse"),
-        ({"model": small, "stage": "prefill", "context": 65}, ("sparse",), "65 take 65 positions"),
+        (
+            {"model": small, "stage": "prefill", "context": 65},
+            ("sparse",),
+            "65 tokens of .* take 65",
+        ),
     ):
         given = {"context": 20, "new_tokens": 18} | options
         if options.get("model") == hf and "context" not in options:
-            given["context"], message = 40, "40 and 33 new tokens take 73 positions; .* has 64"
+            given["context"], message = 40, "context and 33 new ones take 73 positions; .* has 64"
         with pytest.raises(ValueError, match=message):
             run_bench(BenchOptions(**given), forms)
     with pytest.raises(FileNotFoundError, match="There is no directory"):

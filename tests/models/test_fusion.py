@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import inspect
 import logging
 import re
 
@@ -526,3 +527,9 @@ def test_compressed_linears_become_dense_as_they_were(biased):
         assert nnx.graphdef(ours) == nnx.graphdef(theirs)
         for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (ours, theirs)), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_path_is_told_to_be_loaded_first():
+    untyped = inspect.unwrap(inference_model)  # the annotations refuse it first
+    with pytest.raises(TypeError, match=r"takes a model; got str\. Load it first, with load_model"):
+        untyped("small")

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -444,3 +445,9 @@ def test_flax_parameters_come_back_pruned_in_their_structure(model):
     assert kernel.shape == (64, 32)
     order = report.permutations["model.layers.1.mlp.down_proj"]
     assert bool(is_nm(jnp.asarray(kernel.T[:, order]), config.pattern))
+
+
+def test_parameters_without_a_config_are_refused():
+    untyped = inspect.unwrap(prune_params)  # the annotations refuse it first
+    with pytest.raises(TypeError, match=r"model_config is a LlamaConfig, .* got NoneType"):
+        untyped({}, None, np.zeros((1, 4), np.int32), PruneConfig())

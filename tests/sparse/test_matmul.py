@@ -1,6 +1,7 @@
 """`sparse_matmul`: the same product by every way, under every transformation."""
 
 import functools
+import inspect
 import logging
 import os
 import subprocess
@@ -243,7 +244,8 @@ def test_exported_for_the_cpu_it_is_the_custom_call():
 def test_forcing_the_cpu_product_forbids_other_platforms():
     packed = compress24(masked_weight())
     product = jax.jit(functools.partial(sparse_matmul, backend="cpu"))
-    with pytest.raises(NotImplementedError, match="cuda"):
+    refusal = r"backend='cpu' is for the platform 'cpu'; .* compiled for 'cuda'\. Leave backend out"
+    with pytest.raises(NotImplementedError, match=refusal):
         product.trace(random_x(3, CHANNELS), packed).lower(lowering_platforms=("cuda",))
 
 
@@ -325,3 +327,10 @@ def test_reference_by_name_is_the_reference():
     np.testing.assert_array_equal(
         sparse_matmul_reference(x, packed), sparse_matmul(x, packed, backend="reference")
     )
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "decode"])
+def test_a_dense_weight_is_told_to_be_compressed_first(backend):
+    untyped = inspect.unwrap(sparse_matmul)  # the annotations refuse it first
+    with pytest.raises(TypeError, match=r"a compressed weight; got .*compress24\(weight\)"):
+        untyped(jnp.ones((2, 64)), jnp.zeros((64, 64)), backend=backend)
