@@ -265,7 +265,7 @@ def sparsify_model(
     Args:
         model: A pruned model, dense with zeros.
         permutations: The pruned layers by path, with the channel order in which each is N:M; None
-            for the natural order.
+            for the natural order. Layers that are not named stay dense.
         pattern: What the model was pruned to; 2:4 and 1:4 have a compressed form.
         skip: Layers to leave dense, see `matches_path`.
         rows: The smallest and the largest number of tokens that the model will multiply at once.
@@ -289,6 +289,12 @@ def sparsify_model(
             f"the natural one, as prune_model returns them; got {type(permutations).__name__}."
         )
     meant = [path for path in permutations if not matches_path(path, skip)]
+    if not meant:
+        _LOGGER.warning(
+            "No layer is compressed: permutations names %s. It names each pruned layer, as "
+            "prune_model's report does, with None for the natural order.",
+            "skipped layers alone" if permutations else "none",
+        )
     for path in meant:
         if isinstance(get_linear(model, path), SparseLinear):
             raise TypeError(f"{path} is compressed already; start from the dense pruned model.")

@@ -290,6 +290,18 @@ def test_names_match_whole_words():
     assert not matches_path(path, [])
 
 
+@pytest.mark.parametrize(("named", "skip", "said"), [
+    ({}, (), "names none"),
+    ({"model.layers.0.mlp.up_proj": None}, ("up_proj",), "names skipped layers alone"),
+])  # fmt: skip
+def test_a_model_that_stays_dense_as_a_whole_is_told_of(model, caplog, named, skip, said):
+    with caplog.at_level(logging.WARNING):
+        dense = sparsify_model(model, named, skip=skip)
+    assert not any(isinstance(linear, SparseLinear) for _, linear in iter_linears(dense))
+    (record,) = caplog.records
+    assert f"No layer is compressed: permutations {said}. " in record.getMessage()
+
+
 def test_what_cannot_be_compressed_is_named(model):
     pruned, permutations = pruned_model(model, NMPattern(2, 4), shuffled=True)
     with pytest.raises(ValueError, match=r"4:8 has no compressed form.*2:4 and 1:4 fit"):
