@@ -67,8 +67,8 @@ constexpr int kLongRow = 7168;
 // 57344x8192 and 8192x28672 (benchmarks/decode_plans.py; benchmarks/results/decode_plans_h200.csv:
 // fp16, CUDA graphs over 300 MB of weights, W fetched early), where it is within 0.5 % of the best
 // plan in the geometric mean, and within 4 % everywhere. One rule is against the sweep: of 16
-// rows and 5 or 6 tiles, two blocks are better by 1 us of 18 inside a decode step of LLaMA-7B, and
-// worse by 0.3 us alone.
+// rows and 5 or 6 tiles of fewer channels than kLongRow, two blocks are better by 1 us of 18 inside
+// a decode step of LLaMA-7B, and worse by 0.3 us alone.
 constexpr Rule kRules[] = {
     {4, 2, kLongRow, {2, 16, 1, 2, 0, 2}},
     {4, 2, 0, {2, 8, 2, 2, 0, 2}},
