@@ -12,6 +12,7 @@ of a prompt's rows, with all that it may be given. Exit status 1 where a tool re
 where a result is wrong, or where a part did not run. compute-sanitizer is part of the CUDA toolkit.
 """
 
+import functools
 import itertools
 import re
 import shutil
@@ -71,6 +72,14 @@ PROMPT_PLANS = (
     {"rows": 256, "split": 1, "cluster": 1},
     {"rows": 256, "split": 1, "cluster": 2},
     {"rows": 256, "split": 7},
+)
+# And with the last tiles split, which takes more of them than an H200 or H100 runs at once.
+TAIL_SHAPE, TAIL_ROWS = (8512, 192), 500
+TAIL_PLANS = (
+    {"rows": 64, "split": 1, "tail": 3},
+    {"rows": 128, "split": 1, "tail": 2},
+    {"rows": 256, "split": 1, "tail": 3, "cluster": 1},
+    {"rows": 256, "split": 1, "tail": 2, "cluster": 2},
 )
 # Rows and channels of the norms: one to four rows share a block, and the last one is not full.
 NORMS = ((6, 2056), (5, 8192), (2, 24320))
@@ -289,18 +298,17 @@ def _compare_step(step: Step, attended: np.ndarray, keys: np.ndarray, values: np
 
 def prompts() -> int:
     """Runs products of many rows and compares each with float64; how many there were."""
-    out, channels, compared = *PROMPT_SHAPE, 0
-    for dtype in ffi.DTYPES:
+    compared = 0
+    products = ((PROMPT_SHAPE, PROMPT_ROWS, PROMPT_PLANS), (TAIL_SHAPE, TAIL_ROWS, TAIL_PLANS))
+    for dtype, ((out, channels), rows, plans) in itertools.product(ffi.DTYPES, products):
         weight = random_24(jax.random.key(0), out, channels, dtype)
         data = blob24(compress24(weight)).data
         exact = np.asarray(weight, np.float64).T
-        x = jax.random.normal(jax.random.key(1), (PROMPT_ROWS, channels)).astype(dtype)
+        x = jax.random.normal(jax.random.key(1), (rows, channels)).astype(dtype)
         want = np.asarray(x, np.float64) @ exact
-        for plan in PROMPT_PLANS:
-            given = plan | {"group": 2}
-            y = jax.jit(lambda x, data, plan=given: ffi.prefill(x, data, out=out, plan=plan))(
-                x, data
-            )
+        for plan in plans:
+            product = functools.partial(ffi.prefill, out=out, plan=plan | {"group": 2})
+            y = jax.jit(product)(x, data)
             _compare(y, want, float(jnp.finfo(dtype).eps), "a prompt", axis=1)
             compared += 1
     return compared

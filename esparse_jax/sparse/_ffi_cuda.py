@@ -43,6 +43,7 @@ PREFILL_PLAN_VALUES = {
     "cluster": (1, 2),
     "group": tuple(range(1, 65)),
     "split": tuple(range(1, 9)),
+    "tail": tuple(range(1, 9)),
 }
 
 # What the decode kernel does around the product, by the numbers of ffi/cuda/decode_args.h.
@@ -86,7 +87,11 @@ def require_prefill_plan(plan: Mapping[str, int]) -> None:
     _require_fields(plan, PREFILL_PLAN_VALUES)
     if plan.get("cluster") == 2 and (plan.get("rows", 256) != 256 or plan.get("split", 1) != 1):
         raise ValueError(
-            f"a plan with a cluster of 2 blocks has 256 rows and splits nothing; got {dict(plan)}."
+            f"a plan with a cluster of 2 blocks has 256 rows and a split of 1; got {dict(plan)}."
+        )
+    if plan.get("split", 1) > 1 and plan.get("tail", 1) > 1:
+        raise ValueError(
+            f"a plan splits the channels of all tiles or of its tail, not both; got {dict(plan)}."
         )
 
 
@@ -261,8 +266,9 @@ def prefill(
         blob: `Blob24.data` of a weight with `out` outputs.
         plan: How the work is cut, where the kernel's own rule is not the best: the rows of x that a
             block multiplies at a time, the blocks that share what they load of x, how many tiles of
-            rows are walked together, and how many blocks split the channels of a tile (the sum of
-            their parts is rounded as any other sum in float32, so its last bits are others).
+            rows are walked together, how many blocks split the channels of a tile, and how many
+            those of the tail: the last tiles, too few for all multiprocessors (the sum of the parts
+            is rounded as any other sum in float32, so its last bits are others).
 
     Raises:
         RuntimeError: The extension was built without it.

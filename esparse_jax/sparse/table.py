@@ -229,7 +229,7 @@ def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
     """The records of both; where both have one, the newer's.
 
     But what a search of some algorithms found replaces what a full one did only where it is faster;
-    the prefill kernel, which such a search has in full, is taken over where there was none.
+    the prefill kernel, which such a search has in full, is taken over where it ran.
 
     Raises:
         ValueError: They are for different machines.
@@ -244,7 +244,7 @@ def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
         before = records.get(record.key)
         if before is None or not record.partial or before.partial or _faster(record, before):
             records[record.key] = record
-        elif before.prefill is None and record.prefill is not None:
+        elif record.prefill is not None:
             failed = {
                 name: reason
                 for name, reason in before.failed.items()

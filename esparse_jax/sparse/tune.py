@@ -135,10 +135,11 @@ def decode_plans() -> list[dict[str, int]]:
 
 
 def prefill_plans(rows: int) -> list[dict[str, int]]:
-    """Plans of the prefill kernel that may be the best for so many rows: 6 to 13.
+    """Plans of the prefill kernel that may be the best for so many rows: 6 to 21.
 
-    Its tiles of rows are not much larger than x nor a small part of it, and the channels are split
-    only where there may be fewer tiles than multiprocessors, or few more.
+    Its tiles of rows are not much larger than x nor a small part of it, the channels are split only
+    where there may be fewer tiles than multiprocessors, or few more, and those of the last tiles
+    where these may be a good part of all.
     """
     tiles = [tile for tile, least, most in _PREFILL_TILES if least < rows <= most]
     splits = (2, 3, 4, 6, 8) if rows <= 2048 else ()
@@ -147,7 +148,8 @@ def prefill_plans(rows: int) -> list[dict[str, int]]:
     for tile, group in itertools.product(tiles, groups):
         for cluster in (1, 2) if tile == 256 else (1,):
             plans.append({"rows": tile, "cluster": cluster, "group": group, "split": 1})
-    return plans
+    tails = (1, 2, 4, 8) if rows <= 4096 else ()
+    return plans + [{"rows": tile, "split": 1, "tail": tail} for tile in tiles for tail in tails]
 
 
 def library_algorithms(

@@ -1,5 +1,7 @@
-#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <map>
+#include <mutex>
 
 #include "cuda/prefill.h"
 #include "cuda/prefill_gpu.h"
@@ -8,12 +10,8 @@
 namespace esparse::cuda {
 namespace {
 
-// Blocks that a multiprocessor has room for.
-template <int kRows>
-constexpr int kResident = kRows == 64 ? 2 : 1;
-
 template <typename T, int kRows, int kStages, int kCluster>
-__global__ void __launch_bounds__(kPrefillThreads, kResident<kRows>)
+__global__ void __launch_bounds__(kPrefillThreads, PrefillResident(kRows))
     PrefillKernel(const __grid_constant__ CUtensorMap values, const __grid_constant__ CUtensorMap x,
                   const __grid_constant__ CUtensorMap indices,
                   const __grid_constant__ CUtensorMap y, const PrefillArgs p) {
@@ -58,22 +56,38 @@ cudaError_t DescribeMatrix(const Product& product, const void* data, int64_t row
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+// Of shared memory; the layout begins at a multiple of 1024.
+template <int kRows, int kStages>
+constexpr int kSharedBytes = PrefillLayout<kRows, kStages>::kBytes + 1024;
 
+// A kernel's launch by clusters, without what is asked for beside.
+struct Launch {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  Launch(int teams, int team, int shared, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(team), 1, 1};
+    config.gridDim = dim3(teams * team);
+    config.blockDim = dim3(kPrefillThreads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 1;
+  }
+};
+
+// The tiles of `args` by so many teams; `early`: it may start before the kernel before has ended.
 template <typename T, int kRows, int kStages, int kCluster>
-cudaError_t LaunchAs(const Product& product, const PrefillPlan& plan, int multiprocessors,
-                     cudaStream_t stream) {
-  // The layout begins at a multiple of 1024.
-  constexpr int kShared = PrefillLayout<kRows, kStages>::kBytes + 1024;
-  // Rows outside of x take a copy as long as others, so it asks for none if it can.
-  const int64_t x_rows = kCluster > 1 ? kRows / kCluster : std::min<int64_t>(kRows, product.rows);
+cudaError_t LaunchTiles(const Product& product, const PrefillArgs& args, int teams, bool early,
+                        cudaStream_t stream) {
   const int64_t steps = product.channels / kStageChannels;
   CUtensorMap values, x, indices, y;
   ESPARSE_CUDA_RETURN_IF_ERROR(
       DescribeMatrix(product, product.blob, product.out, product.channels / 2, kBlockOutputs,
                      kStageChannels / 2, CU_TENSOR_MAP_SWIZZLE_64B, &values));
   ESPARSE_CUDA_RETURN_IF_ERROR(DescribeMatrix(product, product.x, product.rows, product.channels,
-                                              static_cast<uint32_t>(x_rows), kStageChannels,
+                                              static_cast<uint32_t>(args.x_rows), kStageChannels,
                                               CU_TENSOR_MAP_SWIZZLE_128B, &x));
   const uint8_t* all_indices =
       static_cast<const uint8_t*>(product.blob) + product.out * product.channels;
@@ -84,71 +98,65 @@ cudaError_t LaunchAs(const Product& product, const PrefillPlan& plan, int multip
   ESPARSE_CUDA_RETURN_IF_ERROR(DescribeMatrix(product, product.y, product.rows, product.out,
                                               kStoreRows, kGroupOutputs, CU_TENSOR_MAP_SWIZZLE_128B,
                                               &y));
-  PrefillArgs args = {};
-  args.rows = static_cast<int>(product.rows);
-  args.out = static_cast<int>(product.out);
-  args.channels = static_cast<int>(product.channels);
-  args.out_tiles = CeilDiv(product.out, kCluster * kBlockOutputs);
-  args.row_tiles = CeilDiv(product.rows, kRows);
-  args.group = plan.group;
-  args.x_rows = static_cast<int>(x_rows);
-  args.split = plan.split;
-  args.y = static_cast<uint16_t*>(product.y);
-
   const auto kernel = PrefillKernel<T, kRows, kStages, kCluster>;
+  constexpr int kShared = kSharedBytes<kRows, kStages>;
   ESPARSE_CUDA_RETURN_IF_ERROR(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  const int team = kCluster * plan.split;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(team), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(multiprocessors / team * team);
-  config.blockDim = dim3(kPrefillThreads);
-  config.dynamicSmemBytes = kShared;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = args.out_tiles * args.row_tiles;
-  if (plan.split == 1) {  // as many as run at once, since each stays for all its tiles
-    int most = multiprocessors * kResident<kRows>;
-    if (kCluster > 1) {
-      ESPARSE_CUDA_RETURN_IF_ERROR(cudaOccupancyMaxActiveClusters(&most, kernel, &config));
-    }
-    clusters = std::min(clusters, most);
+  Launch launch(teams, kCluster * args.split, kShared, stream);
+  if (early) {
+    cudaLaunchAttribute& attribute = launch.attributes[launch.config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   }
-  if (clusters < 1) return cudaErrorInvalidConfiguration;
-  config.gridDim = dim3(clusters * team);
-  return cudaLaunchKernelEx(&config, kernel, values, x, indices, y, args);
+  return cudaLaunchKernelEx(&launch.config, kernel, values, x, indices, y, args);
+}
+
+// How many clusters of `blocks` blocks run at once; 0 where not one does. What a block takes of a
+// multiprocessor is the same in both dtypes, and whether it shares x or not.
+template <int kRows, int kStages>
+cudaError_t AskClusters(int blocks, int multiprocessors, int* clusters) {
+  const auto kernel = PrefillKernel<__half, kRows, kStages, 1>;
+  constexpr int kShared = kSharedBytes<kRows, kStages>;
+  ESPARSE_CUDA_RETURN_IF_ERROR(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  const Launch full(multiprocessors / blocks, blocks, kShared, nullptr);
+  return cudaOccupancyMaxActiveClusters(clusters, kernel, &full.config);
+}
+
+// The same for blocks of so many rows, asked for once for each device.
+int ClustersAtOnce(int device, int multiprocessors, int rows, int blocks) {
+  static std::mutex mutex;
+  static std::map<std::array<int, 3>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, is_new] = known.try_emplace({device, rows, blocks}, 0);
+  if (is_new) {
+    const auto ask = rows == 64    ? AskClusters<64, 5>
+                     : rows == 128 ? AskClusters<128, 8>
+                                   : AskClusters<256, 5>;
+    if (ask(blocks, multiprocessors, &found->second) != cudaSuccess) {
+      known.erase(found);
+      return 0;
+    }
+  }
+  return found->second;
+}
+
+template <typename T, int kRows, int kStages, int kCluster>
+cudaError_t LaunchCut(const Product& product, const PrefillCut& cut, cudaStream_t stream) {
+  ESPARSE_CUDA_RETURN_IF_ERROR((LaunchTiles<T, kRows, kStages, kCluster>(
+      product, cut.args, cut.teams, /*early=*/false, stream)));
+  if (cut.tail_teams == 0) return cudaSuccess;
+  return LaunchTiles<T, kRows, kStages, 1>(product, cut.tail, cut.tail_teams, /*early=*/true,
+                                           stream);
 }
 
 template <typename T>
-cudaError_t LaunchFor(const Product& product, const PrefillPlan& plan, int multiprocessors,
+cudaError_t LaunchFor(const Product& product, const PrefillPlan& plan, const PrefillCut& cut,
                       cudaStream_t stream) {
-  if (plan.rows == 64 && plan.cluster == 1) {
-    return LaunchAs<T, 64, 5, 1>(product, plan, multiprocessors, stream);
-  }
-  if (plan.rows == 128 && plan.cluster == 1) {
-    return LaunchAs<T, 128, 8, 1>(product, plan, multiprocessors, stream);
-  }
-  if (plan.rows == 256 && plan.cluster == 1) {
-    return LaunchAs<T, 256, 5, 1>(product, plan, multiprocessors, stream);
-  }
-  if (plan.rows == 256 && plan.cluster == 2) {
-    return LaunchAs<T, 256, 5, 2>(product, plan, multiprocessors, stream);
-  }
-  return cudaErrorInvalidConfiguration;
-}
-
-// Into how many parts the channels are split: as many as all run at once. More than four, or parts
-// of less than eight stages, gained nothing (measured on an H200).
-int BestSplit(int tiles, int steps, int multiprocessors, int resident) {
-  for (int split = std::min(4, steps / 8); split > 1; --split) {
-    // Groups of multiprocessors hold whole clusters, so that of larger ones some find no place.
-    const int blocks = multiprocessors * resident, clusters = blocks / split;
-    if (tiles <= (split > 2 ? clusters * 15 / 16 : clusters)) return split;
-  }
-  return 1;
+  if (plan.cluster == 2) return LaunchCut<T, 256, 5, 2>(product, cut, stream);
+  if (plan.rows == 64) return LaunchCut<T, 64, 5, 1>(product, cut, stream);
+  if (plan.rows == 128) return LaunchCut<T, 128, 8, 1>(product, cut, stream);
+  return LaunchCut<T, 256, 5, 1>(product, cut, stream);
 }
 
 }  // namespace
@@ -158,33 +166,15 @@ cudaError_t LaunchPrefill(const Product& product, const PrefillPlan& given, cuda
   ESPARSE_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
   ESPARSE_CUDA_RETURN_IF_ERROR(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  const int steps = static_cast<int>(product.channels / kStageChannels);
-  const auto tiles = [&](int rows) {
-    return CeilDiv(product.out, kBlockOutputs) * CeilDiv(product.rows, rows);
-  };
-  PrefillPlan plan = given;
-  if (plan.rows == 0) {
-    plan.rows = plan.cluster == 2                   ? 256
-                : product.rows <= 64                ? 64
-                : product.rows <= 128               ? 128
-                : 2 * tiles(128) <= multiprocessors ? 128
-                                                    : 256;
-  }
-  if (plan.split == 0) {
-    plan.split = plan.cluster == 2 ? 1
-                                   : BestSplit(tiles(plan.rows), steps, multiprocessors,
-                                               plan.rows == 64 ? kResident<64> : 1);
-  }
-  plan.split = std::min(plan.split, steps);
-  if (plan.cluster == 0) {
-    const bool many = product.rows >= 1024 && product.out >= 2 * kBlockOutputs;
-    plan.cluster = plan.rows == 256 && plan.split == 1 && many ? 2 : 1;
-  }
-  if (plan.group == 0) plan.group = 8;
-  if (plan.cluster > 1 && plan.split > 1) return cudaErrorInvalidConfiguration;
-  return product.dtype == Dtype::kFloat16
-             ? LaunchFor<__half>(product, plan, multiprocessors, stream)
-             : LaunchFor<__nv_bfloat16>(product, plan, multiprocessors, stream);
+  const PrefillRoom room = {multiprocessors, [&](int rows, int blocks) {
+                              return ClustersAtOnce(device, multiprocessors, rows, blocks);
+                            }};
+  const PrefillPlan plan = CompletePlan(product, given, room);
+  const int at_once = TeamsAtOnce(plan, room);
+  if (at_once < 1 || (plan.cluster == 2 && plan.split > 1)) return cudaErrorInvalidConfiguration;
+  const PrefillCut cut = CutPrefill(product, plan, at_once);
+  return product.dtype == Dtype::kFloat16 ? LaunchFor<__half>(product, plan, cut, stream)
+                                          : LaunchFor<__nv_bfloat16>(product, plan, cut, stream);
 }
 
 }  // namespace esparse::cuda

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cuda/cluster.h"
+#include "cuda/dependent_launch.h"
 
 #define ESPARSE_DEVICE __device__ __forceinline__
 #define ESPARSE_UNROLL _Pragma("unroll")
@@ -68,6 +69,8 @@ class PrefillGpu {
     return rank;
   }
   ESPARSE_DEVICE uint32_t Shared() const { return shared_; }
+  ESPARSE_DEVICE void WaitForPrevious() const { cuda::WaitForPrevious(); }
+  ESPARSE_DEVICE void LetNextStart() const { cuda::LetNextStart(); }
   // Whether this is the one thread of its warp that does what one has to. The compiler knows that
   // no other does, which it cannot tell of a comparison.
   ESPARSE_DEVICE bool Elect() const {
@@ -137,6 +140,13 @@ class PrefillGpu {
   }
 
   // ---- copies, which a barrier counts
+
+  // The first copies need not wait for what describes their matrices.
+  ESPARSE_DEVICE void PrefetchDescriptions() const {
+    for (const CUtensorMap* map : {values_, x_, indices_, y_}) {
+      asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+    }
+  }
 
   ESPARSE_DEVICE void CopyValues(uint32_t to, int column, int row, uint32_t barrier) const {
     CopyTile(to, values_, column, row, barrier);

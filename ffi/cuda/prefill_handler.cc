@@ -16,7 +16,7 @@ constexpr int64_t kMostRows = int64_t{1} << 24;
 ffi::ErrorOr<PrefillPlan> CheckedPlan(const ffi::Span<const int32_t>& fields) {
   if (fields.size() != kPrefillPlanFields) {
     return ffi::Unexpected(InvalidArgument("a plan of ", kProduct, " has ", kPrefillPlanFields,
-                                           " numbers (rows, cluster, group, split); got ",
+                                           " numbers (rows, cluster, group, split, tail); got ",
                                            fields.size(), "."));
   }
   const PrefillPlan plan = PrefillPlanOf(fields.begin());
@@ -24,11 +24,13 @@ ffi::ErrorOr<PrefillPlan> CheckedPlan(const ffi::Span<const int32_t>& fields) {
   const bool wide = plan.rows == 0 || plan.rows == 256;
   const bool cluster = plan.cluster == 0 || plan.cluster == 1 || (plan.cluster == 2 && wide);
   const bool split = plan.split >= 0 && plan.split <= (plan.cluster == 2 ? 1 : kMostSplit);
-  if (!rows || !cluster || !split || plan.group < 0 || plan.group > 64) {
+  const bool tail = plan.tail >= 0 && plan.tail <= (plan.split > 1 ? 1 : kMostSplit);
+  if (!rows || !cluster || !split || !tail || plan.group < 0 || plan.group > 64) {
     return ffi::Unexpected(InvalidArgument(
         "a plan of ", kProduct, " is rows 64, 128 or 256, cluster 1, or 2 with 256 rows, group ",
-        "1..64, split 1..", kMostSplit, ", or 1 with a cluster of 2, and 0 for what is to be ",
-        "chosen; got ", plan.rows, ", ", plan.cluster, ", ", plan.group, ", ", plan.split, "."));
+        "1..64, split 1..", kMostSplit, ", or 1 with a cluster of 2, tail 1..", kMostSplit,
+        ", or 1 with a split, and 0 for what is to be chosen; got ", plan.rows, ", ", plan.cluster,
+        ", ", plan.group, ", ", plan.split, ", ", plan.tail, "."));
   }
   return plan;
 }

@@ -18,34 +18,26 @@
 //
 // Where there are fewer tiles than blocks run at once, the channels are split among the blocks of a
 // cluster instead. Then each leaves its sums in its own shared memory, and when all have, each adds
-// up a part of the tile from all of them, always in the same order.
+// up a part of the tile from all of them, always in the same order. The tiles that are left when
+// all blocks had as many as each other are multiplied so as well, by a second launch, whose blocks
+// start where those of the first one end.
 #ifndef ESPARSE_FFI_CUDA_PREFILL_KERNEL_H_
 #define ESPARSE_FFI_CUDA_PREFILL_KERNEL_H_
 
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/prefill_args.h"
+
 namespace esparse::cuda {
 
-constexpr int kBlockOutputs = 128;
-constexpr int kGroupOutputs = 64;   // of a warpgroup
-constexpr int kStageChannels = 64;  // divides the channels, as kShapeUnit does
+constexpr int kGroupOutputs = 64;  // of a warpgroup
 constexpr int kStoreRows = 32;
 constexpr int kGroupThreads = 128;
 constexpr int kWorkers = 2 * kGroupThreads;     // threads that multiply
 constexpr int kPrefillThreads = kWorkers + 32;  // up to 224 registers for each
 constexpr int kWorkerWarps = kWorkers / 32;
 constexpr int kChunk = 8;  // numbers of y in 16 bytes
-
-struct PrefillArgs {
-  int rows, out, channels;
-  int out_tiles;  // of kCluster * kBlockOutputs outputs
-  int row_tiles;
-  int group;   // row tiles that are walked together
-  int x_rows;  // that a copy of x brings: kRows / kCluster, or fewer where x has no more
-  int split;   // blocks of a cluster that each multiply a part of the channels: 1 if kCluster > 1
-  uint16_t* y;
-};
 
 // Bytes of shared memory, from a multiple of 1024 on.
 template <int kRows, int kStages>
@@ -83,14 +75,15 @@ ESPARSE_DEVICE uint64_t Further(uint64_t descriptor) {
   return descriptor + (kBytes >> 4);
 }
 
-// Where a tile lies: runs of `group` row tiles, in which the rows go fastest.
-template <int kRows, int kCluster>
-ESPARSE_DEVICE void PlaceTile(const PrefillArgs& p, int tile, int rank, int* output, int* row) {
+// Where the tile of a block lies: runs of `group` row tiles, in which the rows go fastest.
+template <int kRows>
+ESPARSE_DEVICE void PlaceTile(const PrefillArgs& p, int tile, int* output, int* row) {
+  const int rank = tile % p.wide, shared = tile / p.wide;
   const int run = p.group * p.out_tiles;
-  const int first = tile / run * p.group, within = tile % run;
-  const int wide = min(p.group, p.row_tiles - first);
-  *row = (first + within % wide) * kRows;
-  *output = (within / wide * kCluster + rank) * kBlockOutputs;
+  const int first = shared / run * p.group, within = shared % run;
+  const int high = min(p.group, p.row_tiles - first);
+  *row = (first + within % high) * kRows;
+  *output = (within / high * p.wide + rank) * kBlockOutputs;
 }
 
 // What a block of a cluster multiplies: stages `first` to `end` - 1 of every tile.
@@ -112,16 +105,15 @@ ESPARSE_DEVICE void FillStages(Device& device, const PrefillArgs& p) {
   constexpr int kPart = kRows / kCluster;
   const uint32_t stages = device.Shared(), full = stages + Places::kBarriersAt,
                  empty = full + kStages * 8;
-  const int tiles = p.out_tiles * p.row_tiles, team = kCluster * p.split;
-  const int rank = kCluster > 1 ? device.Rank() : 0;
+  const int team = kCluster * p.split, rank = kCluster > 1 ? device.Rank() : 0;
   const Share share = ShareOf<kCluster>(device, p);
   const uint32_t bytes =
       Places::kValueBytes + kCluster * p.x_rows * kStageChannels * 2 + 2 * Places::kIndexBytes;
   int stage = 0;
   uint32_t phase = 1;
-  for (int tile = device.Block() / team; tile < tiles; tile += device.Blocks() / team) {
+  for (int tile = p.first + device.Block() / team; tile < p.end; tile += device.Blocks() / team) {
     int output, row;
-    PlaceTile<kRows, kCluster>(p, tile, rank, &output, &row);
+    PlaceTile<kRows>(p, tile * kCluster + rank, &output, &row);
     for (int k = share.first; k < share.end; ++k) {
       device.WaitBarrier(empty + 8 * stage, phase);
       const uint32_t barrier = full + 8 * stage, at = stages + stage * Places::kStageBytes;
@@ -163,23 +155,37 @@ ESPARSE_DEVICE void AddSums(Device& device, const PrefillArgs& p) {
   constexpr int kPitch = PrefillLayout<kRows, kStages>::kSumsPitch;
   constexpr int kChunks = kBlockOutputs / kChunk;
   int output, row;
-  PlaceTile<kRows, 1>(p, device.Block() / p.split, 0, &output, &row);
+  PlaceTile<kRows>(p, p.first + device.Block() / p.split, &output, &row);
+  constexpr int kAtATime = kRows == 64 ? 2 : 4;  // chunks whose loads are under way together
   const int rows = min(kRows, p.rows - row), outputs = min(kBlockOutputs, p.out - output);
+  const int step = p.split * kWorkers;
   for (int i = device.Rank() * kWorkers + device.Thread(); i < rows * kChunks;
-       i += p.split * kWorkers) {
-    const int r = i / kChunks, first = i % kChunks * kChunk;
-    if (first >= outputs) continue;
-    float sum[kChunk] = {};
+       i += kAtATime * step) {
+    float sum[kAtATime][kChunk] = {};
     for (int part = 0; part < p.split; ++part) {
-      float more[kChunk];
-      device.LoadOfBlock(part, device.Shared() + r * kPitch + first * 4, more);
+      float more[kAtATime][kChunk];
       ESPARSE_UNROLL
-      for (int j = 0; j < kChunk; ++j) sum[j] += more[j];
+      for (int c = 0; c < kAtATime; ++c) {  // rows that x does not have are read and not written
+        const int at = min(i + c * step, kRows * kChunks - 1);
+        device.LoadOfBlock(
+            part, device.Shared() + at / kChunks * kPitch + at % kChunks * kChunk * 4, more[c]);
+      }
+      ESPARSE_UNROLL
+      for (int c = 0; c < kAtATime; ++c) {
+        ESPARSE_UNROLL
+        for (int j = 0; j < kChunk; ++j) sum[c][j] += more[c][j];
+      }
     }
-    device.Store16(p.y + static_cast<size_t>(row + r) * p.out + output + first,
-                   device.template Pack<T>(sum[0], sum[1]), device.template Pack<T>(sum[2], sum[3]),
-                   device.template Pack<T>(sum[4], sum[5]),
-                   device.template Pack<T>(sum[6], sum[7]));
+    ESPARSE_UNROLL
+    for (int c = 0; c < kAtATime; ++c) {
+      const int at = i + c * step, r = at / kChunks, first = at % kChunks * kChunk;
+      if (r >= rows || first >= outputs) continue;
+      device.Store16(p.y + static_cast<size_t>(row + r) * p.out + output + first,
+                     device.template Pack<T>(sum[c][0], sum[c][1]),
+                     device.template Pack<T>(sum[c][2], sum[c][3]),
+                     device.template Pack<T>(sum[c][4], sum[c][5]),
+                     device.template Pack<T>(sum[c][6], sum[c][7]));
+    }
   }
 }
 
@@ -193,7 +199,7 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p) {
   const int thread = device.Thread(), warp = thread / 32, lane = thread % 32;
   const int group = thread / kGroupThreads;
   const bool leader = thread % kGroupThreads == 0;
-  const int tiles = p.out_tiles * p.row_tiles, team = kCluster * p.split;
+  const int team = kCluster * p.split, rank = kCluster > 1 ? device.Rank() : 0;
   const Share share = ShareOf<kCluster>(device, p);
   // Of the indices: 256 bytes for 32 channels, in them 64 for 16 outputs, in them 8 for outputs
   // (o, o + 8), whose nibbles alternate, and in them bytes of the two chunks of 16 channels by
@@ -205,9 +211,9 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p) {
   int stage = 0;
   uint32_t phase = 0;
   float sum[kRows / 2];
-  for (int tile = device.Block() / team; tile < tiles; tile += device.Blocks() / team) {
+  for (int tile = p.first + device.Block() / team; tile < p.end; tile += device.Blocks() / team) {
     int output, row;
-    PlaceTile<kRows, kCluster>(p, tile, kCluster > 1 ? device.Rank() : 0, &output, &row);
+    PlaceTile<kRows>(p, tile * kCluster + rank, &output, &row);
     int before = -1;  // the stage whose products may still run
     const auto release = [&](int done) {
       if (lane < kCluster) {
@@ -284,6 +290,8 @@ template <typename T, int kRows, int kStages, int kCluster, typename Device>
 ESPARSE_DEVICE void Prefill(Device& device, const PrefillArgs& p) {
   const uint32_t full = device.Shared() + PrefillLayout<kRows, kStages>::kBarriersAt;
   const int thread = device.Thread();
+  if (p.followed) device.LetNextStart();
+  if (thread == kWorkers) device.PrefetchDescriptions();
   if (thread == 0) {
     for (int s = 0; s < kStages; ++s) {
       device.InitBarrier(full + 8 * s, 1);
@@ -307,6 +315,8 @@ ESPARSE_DEVICE void Prefill(Device& device, const PrefillArgs& p) {
     // No block leaves while others send it x, or count on its barriers.
     device.template SyncAll<(kCluster > 1)>();
   }
+  // Who waits for the second launch waits for the first one too.
+  if (p.first > 0) device.WaitForPrevious();
 }
 
 }  // namespace esparse::cuda

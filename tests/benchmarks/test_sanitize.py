@@ -229,14 +229,15 @@ def test_prompts_are_compared(module, monkeypatch):
     plans = []
 
     def product(x, data, *, out, plan):
-        plans.append((plan["rows"], plan.get("cluster", 1), plan["split"] > 1))
+        parted = "split" if plan["split"] > 1 else "tail" if plan.get("tail", 1) > 1 else ""
+        plans.append((plan["rows"], plan.get("cluster", 1), parted))
         weight = Blob24(data, (out, x.shape[1]), x.dtype)
         return sparse_matmul(x, weight, backend="reference")
 
     monkeypatch.setattr(module.ffi, "prefill", product)
-    assert module.prompts() == 14
-    alone = {(rows, 1, split) for rows in (64, 128, 256) for split in (False, True)}
-    assert set(plans) == alone | {(256, 2, False)}
+    assert module.prompts() == 22
+    alone = {(rows, 1, parted) for rows in (64, 128, 256) for parted in ("", "split", "tail")}
+    assert set(plans) == alone | {(256, 2, ""), (256, 2, "tail")}
     monkeypatch.setattr(module.ffi, "prefill", lambda *a, **k: product(*a, **k).at[599, 3].add(9))
     with pytest.raises(SystemExit, match=r"a prompt is .* from float64"):
         module.prompts()

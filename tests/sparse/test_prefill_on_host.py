@@ -19,14 +19,14 @@ def on_host(tmp_path_factory):
     file = tmp_path_factory.mktemp("prefill") / "prefill.so"
     # Sums that a product is to set are not zero before it.
     flags = ("-O2", "-ftrivial-auto-var-init=pattern")
-    host_build.build(file, "cuda/testing/prefill_on_host.cc", flags=flags)
-    return ctypes.CDLL(str(file)).esparse_prefill_on_host
+    host_build.build(file, "cuda/testing/prefill_on_host.cc", "cuda/prefill_plan.cc", flags=flags)
+    return ctypes.CDLL(str(file))
 
 
-def _run(on_host, x, blob, *, tile=128, stages=4, cluster=1, group=2, clusters=1, split=1,
+def _run(on_host, x, blob, *, tile=128, stages=4, cluster=1, group=2, teams=1, split=1, tail=1,
          late=(0, 0)):  # fmt: skip
     """The status, and what the kernel wrote. `late`: whether copies and products take place when
-    they are waited for; else when they are asked for.
+    they are waited for; else when they are asked for. `teams`: that run at once.
     """
     (rows, channels), out = x.shape, blob.shape[0]
     data, x_bytes = np.array(blob.data), np.array(x)
@@ -35,9 +35,10 @@ def _run(on_host, x, blob, *, tile=128, stages=4, cluster=1, group=2, clusters=1
     def pointer(array):
         return array.ctypes.data_as(ctypes.c_void_p)
 
-    status = on_host(
-        int(x.dtype == jnp.bfloat16), *map(ctypes.c_int64, (rows, out, channels)), tile, stages,
-        cluster, group, clusters, split, *late, int(any(late)), *map(pointer, (data, x_bytes, y)),
+    plan = (ctypes.c_int32 * 5)(tile, cluster, group, split, tail)
+    status = on_host.esparse_prefill_on_host(
+        int(x.dtype == jnp.bfloat16), *map(ctypes.c_int64, (rows, out, channels)), plan, stages,
+        teams, *late, int(any(late)), *map(pointer, (data, x_bytes, y)),
     )  # fmt: skip
     assert np.isnan(y[rows:].astype(np.float32)).all()
     return status, y[:rows]
@@ -53,7 +54,7 @@ def _exact(x, blob) -> np.ndarray:
 @pytest.mark.parametrize(("rows", "shape", "plan"), [
     (1, (64, 64), {}),
     (40, (128, 192), {}),
-    (300, (192, 128), {"clusters": 2, "group": 1}),  # several tiles, the last ones not whole
+    (300, (192, 128), {"teams": 2, "group": 1}),  # several tiles, the last ones not whole
     (130, (320, 192), {"cluster": 2}),  # a block with one warpgroup's outputs
     (150, (576, 128), {"cluster": 4, "group": 3}),  # and blocks with none
     (150, (192, 320), {"stages": 8}),
@@ -64,12 +65,44 @@ def _exact(x, blob) -> np.ndarray:
     (100, (64, 512), {"tile": 64, "stages": 5, "split": 8}),
     (140, (128, 320), {"split": 2, "group": 1}),
     (300, (128, 128), {"tile": 256, "stages": 5, "split": 2}),
+    # 9 tiles: 8 for two or four blocks, and a last one, whose channels are split.
+    (300, (320, 192), {"teams": 2, "tail": 3}),
+    (300, (320, 320), {"teams": 4, "tail": 2, "group": 3}),
+    (130, (128, 192), {"tile": 64, "stages": 5, "teams": 2, "tail": 3}),
+    # 6 of clusters, the last of which has a block without outputs.
+    (300, (320, 192), {"cluster": 2, "teams": 5, "tail": 2}),
+    (300, (576, 128), {"tile": 256, "stages": 5, "cluster": 2, "teams": 4, "tail": 2}),
 ])  # fmt: skip
 def test_the_kernels_source_computes_the_product(on_host, rows, shape, plan, dtype, late):
     blob, x = random_blob(shape, dtype), random_x(rows, shape[1], dtype)
     status, got = _run(on_host, x, blob, **plan, late=late)
     assert status == 0
     assert relative(got, _exact(x, blob)) < 1.5 * rounding(dtype)
+
+
+@pytest.mark.parametrize(("rows", "shape", "plan", "want"), [
+    # rows, cluster, group, split, tail; teams of both launches, and where the second one begins
+    (1024, (12288, 4096), {}, (256, 2, 8, 1, 1, 66, 0, 0)),  # 192 clusters leave 60: too many
+    (1024, (5376, 14336), {}, (256, 2, 8, 1, 3, 66, 36, 132)),
+    (1024, (22016, 4096), {}, (256, 2, 8, 1, 4, 66, 28, 660)),
+    (1024, (22016, 4096), {"tail": 1}, (256, 2, 8, 1, 1, 66, 0, 0)),
+    (1024, (22016, 4096), {"cluster": 1}, (256, 1, 8, 1, 4, 132, 28, 660)),
+    (512, (12288, 4096), {}, (256, 1, 8, 1, 2, 132, 60, 132)),
+    (128, (22016, 4096), {}, (128, 1, 8, 1, 2, 132, 40, 132)),  # 40 clusters of 3 find no place
+    (256, (22016, 1024), {}, (256, 1, 8, 1, 1, 132, 0, 0)),  # too short to gain by it
+    (16, (28672, 8192), {}, (64, 1, 8, 1, 1, 224, 0, 0)),  # two blocks a multiprocessor
+    (16, (34816, 8192), {}, (64, 1, 8, 1, 4, 264, 8, 264)),
+    (1024, (4096, 4096), {}, (256, 2, 8, 1, 1, 64, 0, 0)),  # fewer tiles than blocks
+    (128, (4096, 4096), {}, (128, 1, 8, 3, 1, 32, 0, 0)),
+    (128, (4096, 4096), {"tail": 4}, (128, 1, 8, 1, 4, 32, 0, 0)),
+])  # fmt: skip
+def test_the_work_is_cut_for_all_multiprocessors(on_host, rows, shape, plan, want):
+    fields = ("rows", "cluster", "group", "split", "tail")
+    given = (ctypes.c_int32 * 5)(*(plan.get(field, 0) for field in fields))
+    clusters, result = (ctypes.c_int32 * 3)(66, 38, 30), (ctypes.c_int32 * 8)()
+    sizes = map(ctypes.c_int64, (rows, *shape))
+    on_host.esparse_prefill_cut(*sizes, given, 132, clusters, result)
+    assert tuple(result) == want
 
 
 def test_instances_that_are_not_there_are_refused(on_host):

@@ -228,9 +228,9 @@ def test_what_some_algorithms_gave_replaces_a_full_search_only_where_it_is_faste
     failed = dataclasses.replace(full, failed={"prefill": "with 64 rows: SIGABRT", **library})
     with_prefill = merged(failed, dataclasses.replace(slower, prefill=kernel))
     assert with_prefill == dataclasses.replace(full, prefill=kernel, failed=library)
-    assert (
-        merged(with_prefill, dataclasses.replace(slower, prefill=KernelTime(5.0))) is with_prefill
-    )
+    again = dataclasses.replace(slower, prefill=KernelTime(7.5))
+    assert merged(with_prefill, again) == dataclasses.replace(with_prefill, prefill=again.prefill)
+    assert merged(with_prefill, slower) is with_prefill
 
 
 # ---- what is no table

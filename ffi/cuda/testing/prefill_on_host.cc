@@ -1,15 +1,18 @@
-// The kernel of prefill_kernel.h run on the host. Built by the tests.
+// The kernel of prefill_kernel.h run on the host, in the cut that prefill_plan.cc makes. Built by
+// the tests.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <iterator>
 #include <list>
 #include <map>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "cuda/prefill_plan.h"
 #include "cuda/testing/fibers.h"
 #include "cuda/testing/numbers.h"
 
@@ -89,6 +92,8 @@ struct Hopper {
   std::list<Copy> copies;                                // under way
   std::map<std::pair<int, int>, Warpgroup> warpgroups;   // by rank and number
   std::map<int, Meeting> workers;                        // by rank
+  bool let_next_start = false;
+  int waited = 0;        // threads that saw the launch before end
   bool outside = false;  // something was done that a GPU would not take
 };
 
@@ -103,6 +108,8 @@ class Host {
   int Blocks() const { return blocks_; }
   int Rank() const { return fiber_.Rank(); }
   uint32_t Shared() const { return 0; }
+  void LetNextStart() { hopper_->let_next_start = true; }
+  void WaitForPrevious() { ++hopper_->waited; }
   bool Elect() const { return fiber_.Lane() == 0; }
   void SyncWarp() { fiber_.SyncWarp(); }
   void SyncGroup(int group) { fiber_.Meet(&GroupOf(group).meeting); }
@@ -123,6 +130,7 @@ class Host {
     hopper_->barriers[{Rank(), barrier}] = {arrivals, arrivals};
   }
   void FenceBarriers() const {}
+  void PrefetchDescriptions() const {}
   void ArriveAndExpect(uint32_t barrier, uint32_t bytes) {
     BarrierOf(Rank(), barrier).bytes += bytes;
     ArriveAt(barrier, Rank());
@@ -370,46 +378,40 @@ class Host {
 enum Outcome { kDone = 0, kNoInstance = 1, kEndless = 2, kOutside = 3 };
 
 struct Job {
-  int64_t rows, out, channels;
-  int group, clusters, split;
+  Product product;
+  PrefillPlan plan;
+  int teams_at_once;
   Asynchronous copying, multiplying;
   bool uneven;
-  void* blob;
-  void* x;
-  void* y;
 };
 
+// One launch, a cluster after the other. They share nothing but what they read.
 template <typename T, int kRows, int kStages, int kCluster>
-Outcome RunGrid(const Job& job) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
-  const int64_t x_rows = kCluster > 1 ? kRows / kCluster : min<int64_t>(kRows, job.rows);
-  const PrefillArgs args = {
-      static_cast<int>(job.rows),     static_cast<int>(job.out),
-      static_cast<int>(job.channels), ceil_div(job.out, kCluster * kBlockOutputs),
-      ceil_div(job.rows, kRows),      job.group,
-      static_cast<int>(x_rows),       job.split,
-      static_cast<uint16_t*>(job.y)};
-  const int team = kCluster * job.split;
-  const int clusters = job.split > 1 ? args.out_tiles * args.row_tiles : job.clusters;
+Outcome RunLaunch(const Job& job, const PrefillArgs& args, int teams) {
+  const Product& product = job.product;
+  const int team = kCluster * args.split;
   const auto matrix = [](void* data, int64_t rows, int64_t columns, int box_rows, int box_columns,
                          Swizzle swizzle) {
     return Matrix{static_cast<uint16_t*>(data), rows, columns, box_rows, box_columns, swizzle};
   };
-  for (int c = 0; c < clusters; ++c) {
+  for (int c = 0; c < teams; ++c) {
     Hopper hopper = {};
     hopper.copying = job.copying;
     hopper.multiplying = job.multiplying;
-    hopper.values = matrix(job.blob, job.out, job.channels / 2, kBlockOutputs, kStageChannels / 2,
-                           Swizzle::k64Bytes);
-    hopper.x = matrix(job.x, job.rows, job.channels, static_cast<int>(x_rows), kStageChannels,
-                      Swizzle::k128Bytes);
+    void* const blob = const_cast<void*>(product.blob);
+    hopper.values = matrix(blob, product.out, product.channels / 2, kBlockOutputs,
+                           kStageChannels / 2, Swizzle::k64Bytes);
+    hopper.x = matrix(const_cast<void*>(product.x), product.rows, product.channels, args.x_rows,
+                      kStageChannels, Swizzle::k128Bytes);
     constexpr int kIndexNumbers = PrefillLayout<kRows, kStages>::kIndexBytes / 2;
-    hopper.indices = matrix(static_cast<uint8_t*>(job.blob) + job.out * job.channels,
-                            job.out / kGroupOutputs, job.channels / kStageChannels * kIndexNumbers,
-                            kBlockOutputs / kGroupOutputs, kIndexNumbers, Swizzle::kNone);
-    hopper.y = matrix(job.y, job.rows, job.out, kStoreRows, kGroupOutputs, Swizzle::k128Bytes);
+    hopper.indices =
+        matrix(static_cast<uint8_t*>(blob) + product.out * product.channels,
+               product.out / kGroupOutputs, product.channels / kStageChannels * kIndexNumbers,
+               kBlockOutputs / kGroupOutputs, kIndexNumbers, Swizzle::kNone);
+    hopper.y =
+        matrix(product.y, product.rows, product.out, kStoreRows, kGroupOutputs, Swizzle::k128Bytes);
     const auto body = [&](Fiber& fiber) {
-      Host<T> host(fiber, &hopper, clusters * team);
+      Host<T> host(fiber, &hopper, teams * team);
       Prefill<T, kRows, kStages, kCluster>(host, args);
     };
     const Cluster cluster = {
@@ -417,14 +419,26 @@ Outcome RunGrid(const Job& job) {
         body, job.uneven};
     if (!Running(cluster, c * team).ToTheEnd()) return kEndless;
     if (hopper.outside || !hopper.copies.empty()) return kOutside;
+    // Only who is followed may let the next kernel start, and only the second launch waits, in all
+    // its threads.
+    if (hopper.let_next_start != args.followed) return kOutside;
+    if (hopper.waited != (args.first > 0 ? team * kPrefillThreads : 0)) return kOutside;
   }
   return kDone;
 }
 
+template <typename T, int kRows, int kStages, int kCluster>
+Outcome RunGrid(const Job& job) {
+  const PrefillCut cut = CutPrefill(job.product, job.plan, job.teams_at_once);
+  const Outcome outcome = RunLaunch<T, kRows, kStages, kCluster>(job, cut.args, cut.teams);
+  if (outcome != kDone || cut.tail_teams == 0) return outcome;
+  return RunLaunch<T, kRows, kStages, 1>(job, cut.tail, cut.tail_teams);
+}
+
 template <typename T>
-Outcome RunInstance(const Job& job, int rows, int stages, int cluster) {
+Outcome RunInstance(const Job& job, int stages) {
   const auto is = [&](int of_rows, int of_stages, int of_cluster) {
-    return rows == of_rows && stages == of_stages && cluster == of_cluster;
+    return job.plan.rows == of_rows && stages == of_stages && job.plan.cluster == of_cluster;
   };
   // As the GPU has them.
   if (is(64, 5, 1)) return RunGrid<T, 64, 5, 1>(job);
@@ -442,16 +456,43 @@ Outcome RunInstance(const Job& job, int rows, int stages, int cluster) {
 }  // namespace esparse::cuda
 
 // 0; 1 where there is no such instance; 2 where threads wait for each other for ever; 3 where
-// something is done that a GPU would not take, or a copy is still under way at the end.
+// something is done that a GPU would not take, or a copy is still under way at the end. `plan` has
+// the fields of PrefillPlan, complete.
 extern "C" __attribute__((visibility("default"))) int esparse_prefill_on_host(
-    int bfloat16, int64_t rows, int64_t out, int64_t channels, int tile_rows, int stages,
-    int cluster, int group, int clusters, int split, int late_copies, int late_products, int uneven,
-    void* blob, void* x, void* y) {
+    int bfloat16, int64_t rows, int64_t out, int64_t channels, const int32_t* plan, int stages,
+    int teams_at_once, int late_copies, int late_products, int uneven, void* blob, void* x,
+    void* y) {
   using namespace esparse::cuda;
   const auto when = [](int late) { return late ? Asynchronous::kLate : Asynchronous::kEarly; };
-  const Job job = {
-      rows,        out,  channels, group, clusters, split, when(late_copies), when(late_products),
-      uneven != 0, blob, x,        y};
-  return bfloat16 ? RunInstance<Bfloat16>(job, tile_rows, stages, cluster)
-                  : RunInstance<_Float16>(job, tile_rows, stages, cluster);
+  Product product = {};
+  product.blob = blob;
+  product.x = x;
+  product.y = y;
+  product.rows = rows;
+  product.out = out;
+  product.channels = channels;
+  const Job job = {product,           PrefillPlanOf(plan), teams_at_once,
+                   when(late_copies), when(late_products), uneven != 0};
+  return bfloat16 ? RunInstance<Bfloat16>(job, stages) : RunInstance<_Float16>(job, stages);
+}
+
+// What CompletePlan and CutPrefill make of a plan on a device with room for so many clusters of
+// two, three and four blocks, of one block a multiprocessor: its fields, then the teams of both
+// launches and where the second one begins.
+extern "C" __attribute__((visibility("default"))) void esparse_prefill_cut(
+    int64_t rows, int64_t out, int64_t channels, const int32_t* plan, int multiprocessors,
+    const int32_t* clusters, int32_t* result) {
+  using namespace esparse::cuda;
+  Product product = {};
+  product.rows = rows;
+  product.out = out;
+  product.channels = channels;
+  const PrefillRoom room = {multiprocessors, [&](int of_rows, int blocks) {
+                              return clusters[blocks - 2] * PrefillResident(of_rows);
+                            }};
+  const PrefillPlan done = CompletePlan(product, PrefillPlanOf(plan), room);
+  const PrefillCut cut = CutPrefill(product, done, TeamsAtOnce(done, room));
+  const int32_t all[] = {done.rows, done.cluster, done.group,     done.split,
+                         done.tail, cut.teams,    cut.tail_teams, cut.tail.first};
+  std::copy(std::begin(all), std::end(all), result);
 }
