@@ -55,7 +55,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         name = name_of(request["candidate"])
-        note(rows=request["rows"], name=name, thorough=request["thorough"], best=request["best"])
+        note(rows=request["rows"], name=name, effort=request["effort"], best=request["best"])
         answers = script["answers"]
         answer = answers.get(f"{request['rows']}: {name}", answers.get(name, script["default"]))
         if isinstance(answer, list):

@@ -4,8 +4,9 @@
 
 Lines of JSON on stdin and stdout. The first line in is the job; the answer is `{"ready": facts}`,
 or `{"error": message}` where nothing can be measured here. Every further line in is a request, with
-`rows` and a `candidate`, and is answered by `{"begin": candidate}` when its operands are there and
-`{"end": candidate, ...}` with one of
+`rows`, a `candidate`, an `effort` (coarse or thorough: in a graph of the candidate alone; chain: as
+the dense product, which knows no other) and the `best` time so far. It is answered by
+`{"begin": candidate}` when its operands are there and `{"end": candidate, ...}` with one of
 
     microseconds   of a product
     refused        why it cannot be run; nothing happened
@@ -15,13 +16,14 @@ or `{"error": message}` where nothing can be measured here. Every further line i
 A candidate that takes the process with it, or never ends, is noticed by who reads this.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,7 @@ from ._timing import (
 from .blob import Blob24, device_blob24
 from .compress import compress24
 from .machine import this_machine
+from .matmul import sparse_matmul
 
 # Microseconds of work in a graph, and replays of it.
 _COARSE, _THOROUGH = (1000, 2), (5000, 7)
@@ -130,7 +133,7 @@ class Bench:
         self._operand = jax.block_until_ready(self._x[:rows])
         if self._blob is not None:
             data = self._blob.data
-            copies = rotation(data.nbytes, rows, self._shape)
+            copies = max(2, rotation(data.nbytes, rows, self._shape))  # of one there is no chain
             if copies > self._all_blobs.shape[0]:
                 self._all_blobs = jnp.tile(data[None], (copies, 1))
             self._blobs = jax.block_until_ready(self._all_blobs[:copies])
@@ -151,7 +154,14 @@ class Bench:
             rows=rows, out=out, channels=channels, dtype=self._dtype, gpu=self._device
         )
 
-    def run(self, rows: int, candidate: Mapping[str, Any], **effort: Any) -> dict[str, Any]:
+    def run(
+        self,
+        rows: int,
+        candidate: Mapping[str, Any],
+        *,
+        effort: Literal["coarse", "thorough", "chain"],
+        best: float | None,
+    ) -> dict[str, Any]:
         """The fields of a report's end."""
         fields = dict(candidate)
         kind = fields.pop("kind")
@@ -159,9 +169,11 @@ class Bench:
             return {"microseconds": self._time_chain(_dense, self._dense_copies())}
         if kind == "pieces":
             return self._time_pieces()
+        if effort == "chain":
+            return self._time_blobs(self._product(kind, fields))
         if kind in ("decode", "prefill"):
             launch = getattr(self, f"_{kind}")
-            return self._time(functools.partial(launch, fields["plan"]), **effort)
+            return self._time(functools.partial(launch, fields["plan"]), effort, best)
         try:
             if self._search is None:
                 self._search = self._search_of(rows)
@@ -169,7 +181,20 @@ class Bench:
         except RuntimeError as error:
             return {"refused": str(error)}
         launch = functools.partial(self._by_library, self._search)
-        return self._time(launch, **effort) | {"workspace_bytes": taken.workspace_bytes}
+        return self._time(launch, effort, best) | {"workspace_bytes": taken.workspace_bytes}
+
+    def _product(self, kind: str, fields: dict[str, Any]) -> Callable[[Array, Array], Array]:
+        """A candidate as users compute it, of x and a blob's bytes."""
+        if kind == "cusparselt":
+            algorithm = Algorithm(**fields)
+            return lambda x, data: sparse_matmul(
+                x,
+                dataclasses.replace(self._blob, data=data),
+                backend="cusparselt",
+                algorithm=algorithm,
+            )
+        call = _ffi_cuda.prefill if kind == "prefill" else _ffi_cuda.decode_in_pieces
+        return functools.partial(call, out=self._shape[0], plan=fields["plan"])
 
     def works(self) -> bool:
         """Whether the GPU still computes, after an error."""
@@ -179,7 +204,10 @@ class Bench:
             return False
 
     def _time(
-        self, run: Callable[..., float], *, thorough: bool, best: float | None
+        self,
+        run: Callable[..., float],
+        effort: Literal["coarse", "thorough"],
+        best: float | None,
     ) -> dict[str, Any]:
         """One launch, whose numbers must be right, then a time; none where one launch is hopeless.
 
@@ -196,7 +224,7 @@ class Bench:
         # The start of a graph, some microseconds, is in this time, the way to the memory is not.
         if best is not None and once > 2 * best + GRAPH_START:
             return {"microseconds": once}
-        work, replays = _THOROUGH if thorough else _COARSE
+        work, replays = _THOROUGH if effort == "thorough" else _COARSE
         launches = max(self._blobs.shape[0], min(96, math.ceil(work / once)))
         if launches * once > 3 * work:  # long ones repeat well
             replays = max(1, replays // 2)
@@ -259,6 +287,9 @@ class Bench:
         )
         if not worst <= 1:
             return {"wrong": worst}
+        return self._time_blobs(product)
+
+    def _time_blobs(self, product: Callable[[Array, Array], Array]) -> dict[str, Any]:
         copies = chain_rotation(self._blob.nbytes, self._rows, self._shape)
         return {"microseconds": self._time_chain(product, list(self._blobs[:copies]))}
 

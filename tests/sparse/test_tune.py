@@ -25,6 +25,7 @@ from esparse_jax.sparse import (
     _ffi_cuda,
     _ffi_cusparselt,
     blob24,
+    sparse_matmul,
     tune_shape,
 )
 from esparse_jax.sparse import _tune_worker as worker_file
@@ -108,16 +109,18 @@ def test_every_way_is_measured_and_the_best_again(worker):
     assert record.failed == {}
 
     asked = worker.asked()
-    coarse = [line["name"] for line in asked if not line["thorough"]]
+    coarse = [line["name"] for line in asked if line["effort"] == "coarse"]
     algorithms = [f"cusparselt, id {i}{split}" for split in ("", ", split_k -1") for i in range(3)]
     assert coarse[0] == "dense"
     assert coarse[1] == "decode"
     assert len(coarse) == 2 + 80 + 6
     assert coarse[-6:] == algorithms
-    finals = [line["name"] for line in asked if line["thorough"]]
+    finals = [line["name"] for line in asked if line["effort"] == "thorough"]
     assert finals.count("decode") == finals.count(PLAN_NAME) == 3
     assert finals.count("cusparselt, id 2, split_k -1") == 3
     assert finals[0] != finals[1]  # they take turns
+    chained = [line["name"] for line in asked if line["effort"] == "chain"]
+    assert chained == [PLAN_NAME, "cusparselt, id 2, split_k -1"]
     # Each is told the best so far of its kind, so that it need not be timed if it is hopeless.
     assert [line["best"] for line in asked[1:3]] == [None, 12.0]
     assert asked[-1]["best"] is None
@@ -139,7 +142,7 @@ def test_the_prefill_kernel_and_its_plans_are_for_many_rows(worker):
     assert records[64].sparse == 15.0
     asked = worker.asked()
     assert {line["rows"] for line in asked if line["name"].startswith("prefill")} == {64}
-    coarse = [line["name"] for line in asked if line["rows"] == 64 and not line["thorough"]]
+    coarse = [line["name"] for line in asked if line["rows"] == 64 and line["effort"] == "coarse"]
     assert coarse[:2] == ["dense", "prefill"]
     assert len(coarse) == 1 + 1 + len(prefill_plans(64)) == 12
 
@@ -149,13 +152,33 @@ def test_the_last_measurements_decide(worker):
     worker.write(
         {
             "cusparselt, id 0": [10.0, 18.0, 18.0, 18.0],
-            "cusparselt, id 1": [12.0, 14.0, 50.0, 13.0],
+            "cusparselt, id 1": [12.0, 14.0, 50.0, 13.0, {"microseconds": 21.0}],
         },
         decode=False,
     )
     (record,) = worker.tune([64]).values()
-    assert record.cusparselt == LibraryTime(14.0, Algorithm(1, workspace_bytes=0))
+    # What is kept is its time in a chain, which says nothing of its workspace.
+    assert record.cusparselt == LibraryTime(21.0, Algorithm(1, workspace_bytes=0))
     assert record.decode is None
+
+
+def test_who_fails_in_a_chain_gives_way_to_the_next(worker):
+    workspace = {"microseconds": 11.0, "workspace_bytes": 48}
+    worker.write(
+        {
+            PLAN_NAME: [8.0, 8.0, 8.0, 8.0, {"refused": "no memory"}],
+            "decode": [10.0, 10.0, 10.0, 10.0, 12.5],
+            "cusparselt, id 0": [10.0, 10.0, 10.0, 10.0, "crash"],
+            "cusparselt, id 1": [workspace, workspace, workspace, workspace, 15.0],
+        }
+    )
+    (record,) = worker.tune([16]).values()
+    assert record.decode == KernelTime(12.5)
+    assert record.cusparselt == LibraryTime(15.0, Algorithm(1, workspace_bytes=48))
+    assert list(record.failed) == ["cusparselt, id 0"]
+
+    worker.write({"decode": [10.0, 10.0, 10.0, 10.0, {"refused": "no memory"}]}, algorithms=0)
+    assert worker.tune([8])[8].decode is None
 
 
 @pytest.mark.parametrize(
@@ -163,7 +186,11 @@ def test_the_last_measurements_decide(worker):
     [
         ([10.0, 10.0, 10.0, 10.0], [9.0, 9.7, 9.7, 9.7], True),
         ([10.0, 10.0, 10.0, 10.0], [9.0, 9.9, 9.9, 9.9], False),  # less than 2 %
-        ([10.0, 9.5, 10.0, 10.1], [9.0, 9.5, 9.5, 9.5], False),  # less than the rule's own spread
+        (
+            [10.0, 9.5, 10.0, 10.1, 10.0],
+            [9.0, 9.5, 9.5, 9.5],
+            False,
+        ),  # than its spread
     ],
 )
 def test_a_plan_must_beat_the_rule_by_more_than_noise(worker, rule, plan, wins):
@@ -254,7 +281,7 @@ def test_a_bad_candidate_costs_itself_alone(worker, answer, reason):
             raise AssertionError(failed[1])
     # One more child, which went on with what was left: nothing was measured twice.
     assert len(worker.starts()) == 2
-    coarse = [(line["rows"], line["name"]) for line in worker.asked() if not line["thorough"]]
+    coarse = [(line["rows"], line["name"]) for line in worker.asked() if line["effort"] == "coarse"]
     # Split, it is not tried; and with 128 rows nothing whose time was longer with 64.
     assert len(coarse) == len(set(coarse)) == 6 + 4
     assert (128, "cusparselt, id 0") not in coarse
@@ -334,7 +361,7 @@ def test_an_algorithm_that_fewer_rows_show_to_be_slow_is_not_asked_again(worker)
     coarse = [
         line["name"].removeprefix("cusparselt, id ")
         for line in worker.asked()
-        if line["rows"] == 16 and not line["thorough"] and line["name"] != "dense"
+        if line["rows"] == 16 and line["effort"] == "coarse" and line["name"] != "dense"
     ]
     # First those of which nothing is known, then the fastest; 240 is behind 200 by more than noise.
     assert coarse == ["1, split_k -1", "2, split_k -1", "0", "1"]
@@ -612,26 +639,61 @@ def test_a_candidate_is_checked_and_then_timed(bench, monkeypatch):
         timers = Timers(bench, [50.0, 12.0])
         monkeypatch.setattr(_ffi_cuda, "_extension", lambda: timers)  # noqa: B023
         bench.make_operands(rows)
-        answer = bench.run(rows, DECODE, thorough=False, best=best)
+        answer = bench.run(rows, DECODE, effort="coarse", best=best)
         assert answer == {"microseconds": 12.0}
         # A launch on one copy, whose numbers count; then 1 ms of them on copies of 300 MB.
         assert timers.calls == [(1, 1, 1), (8, 20, 2)]
     timers = Timers(bench, [50.0, 12.0])
-    assert bench.run(16, DECODE, thorough=True, best=None) == {"microseconds": 12.0}
+    assert bench.run(16, DECODE, effort="thorough", best=None) == {"microseconds": 12.0}
     assert timers.calls[1] == (8, 96, 7)
     timers = Timers(bench, [50.0, 11.0])
     prefill = {"kind": "prefill", "plan": {"rows": 256}}
-    assert bench.run(16, prefill, thorough=False, best=None) == {"microseconds": 11.0}
+    assert bench.run(16, prefill, effort="coarse", best=None) == {"microseconds": 11.0}
     timers = Timers(bench, [20000.0, 19000.0])
-    bench.run(16, DECODE, thorough=True, best=None)
+    bench.run(16, DECODE, effort="thorough", best=None)
     assert timers.calls[1] == (8, 8, 3)
+
+
+def test_the_best_is_timed_as_the_dense_product_is(monkeypatch):
+    job = {"out": 512, "channels": 1024, "dtype": "float16", "rows": [40], "platform": "cpu"}
+    bench = Bench(job)
+    bench._blob = blob24(compress24(bench._weight))
+    bench._all_blobs = bench._blobs = bench._blob.data[None]
+    asked = []
+
+    def kernel(x, data, **options):
+        asked.append(options)
+        return sparse_matmul(x, dataclasses.replace(bench._blob, data=data), backend="reference")
+
+    def library(x, blob, **options):
+        asked.append(options)
+        return sparse_matmul(x, blob, backend="reference")
+
+    monkeypatch.setattr(_ffi_cuda, "prefill", kernel)
+    monkeypatch.setattr(_ffi_cuda, "decode_in_pieces", kernel)
+    monkeypatch.setattr(worker_file, "sparse_matmul", library)
+    monkeypatch.setattr(worker_file, "chain_rotation", lambda *a: 2)
+    bench.make_operands(40)
+    for candidate, options in (
+        ({"kind": "prefill", "plan": {"rows": 64}}, {"out": 512, "plan": {"rows": 64}}),
+        (DECODE, {"out": 512, "plan": {"tiles": 3}}),
+        (
+            {"kind": "cusparselt", "id": 3, "split_k": -1},
+            {"backend": "cusparselt", "algorithm": Algorithm(3, split_k=-1)},
+        ),
+    ):
+        asked.clear()
+        answer = bench.run(40, candidate, effort="chain", best=None)
+        assert list(answer) == ["microseconds"]
+        assert answer["microseconds"] > 0
+        assert options in asked
 
 
 def test_a_hopeless_candidate_is_not_timed_twice(bench, monkeypatch):
     timers = Timers(bench, [101.0, 99.0])
     monkeypatch.setattr(_ffi_cuda, "_extension", lambda: timers)
     bench.make_operands(1)
-    assert bench.run(1, DECODE, thorough=False, best=40.0) == {"microseconds": 101.0}
+    assert bench.run(1, DECODE, effort="coarse", best=40.0) == {"microseconds": 101.0}
     assert timers.calls == [(1, 1, 1)]
 
 
@@ -651,7 +713,7 @@ def test_wrong_numbers_are_found(bench, monkeypatch, wrong):
     timers = Timers(bench, [50.0, 12.0], lambda x, weight: wrong(x @ weight.T))
     monkeypatch.setattr(_ffi_cuda, "_extension", lambda: timers)
     bench.make_operands(16)
-    answer = bench.run(16, DECODE, thorough=False, best=None)
+    answer = bench.run(16, DECODE, effort="coarse", best=None)
     assert list(answer) == ["wrong"]
     assert not answer["wrong"] <= 1
     assert len(timers.calls) == 1
@@ -664,7 +726,7 @@ def test_sums_in_another_order_are_no_wrong_numbers(bench, monkeypatch):
     timers = Timers(bench, [50.0, 12.0], in_slices)
     monkeypatch.setattr(_ffi_cuda, "_extension", lambda: timers)
     bench.make_operands(16)
-    assert bench.run(16, DECODE, thorough=False, best=None) == {"microseconds": 12.0}
+    assert bench.run(16, DECODE, effort="coarse", best=None) == {"microseconds": 12.0}
 
 
 def test_an_algorithm_is_taken_and_then_timed(bench, monkeypatch):
@@ -684,7 +746,7 @@ def test_an_algorithm_is_taken_and_then_timed(bench, monkeypatch):
     monkeypatch.setattr(_ffi_cusparselt, "AlgorithmSearch", Search)
     bench.make_operands(1)
     bench.make_operands(16)
-    options = {"thorough": False, "best": None}
+    options = {"effort": "coarse", "best": None}
     candidate = {"kind": "cusparselt", "id": 3, "split_k": -1}
     assert bench.run(16, candidate, **options) == {"microseconds": 12.0, "workspace_bytes": 48}
     refused = bench.run(16, candidate | {"id": 9}, **options)
@@ -711,7 +773,7 @@ def _run_worker(*lines) -> tuple[list[dict], str, int]:
 def test_the_child_reports_before_and_after(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     job = {"out": 64, "channels": 128, "dtype": "float16", "rows": [1, 32], "platform": "cpu"}
-    dense = {"candidate": {"kind": "dense"}, "thorough": False, "best": None}
+    dense = {"candidate": {"kind": "dense"}, "effort": "coarse", "best": None}
     decode = dense | {"candidate": {"kind": "decode", "plan": {"tiles": 1}}}
     reports, _, status = _run_worker(job, decode | {"rows": 32}, dense | {"rows": 1})
     assert status == 0
