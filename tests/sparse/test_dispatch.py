@@ -31,7 +31,7 @@ from esparse_jax.sparse.matmul import _log_untuned
 from esparse_jax.sparse.table import KernelTime, LibraryTime
 
 MATMUL, DECODE = "esparse_cusparselt_matmul_cuda_v1", "esparse_decode24_cuda_v4"
-PREFILL = "esparse_prefill24_cuda_v1"
+PREFILL = "esparse_prefill24_cuda_v2"
 H200 = Machine("NVIDIA H200", "9.0", "0.8.0")
 SHAPE = (64, 128)
 PLAN = {"tiles": 3, "warps": 4, "blocks": 2}

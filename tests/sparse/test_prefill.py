@@ -46,7 +46,7 @@ def exact(x, blob: Blob24) -> np.ndarray:
 def test_a_plan_is_handed_over():
     text = lowered_for_cuda(functools.partial(prefill, plan={"group": 5, "rows": 128}),
                             random_x(40, 128), random_blob((64, 128)))  # fmt: skip
-    assert "esparse_prefill24_cuda_v1" in text
+    assert "esparse_prefill24_cuda_v2" in text
     assert "plan = dense<[128, 0, 5, 0, 0]>" in text
 
 
