@@ -550,7 +550,8 @@ class Tune:
     """File of the table; if not given, the user's own in ~/.cache/esparse_jax/tuning (or below
     $XDG_CACHE_HOME), which is used without being named."""
     seconds: float = Limits().candidate
-    """A candidate that takes longer than this is given up."""
+    """A candidate that takes longer than this is given up; the best of a kind, which is then
+    compiled into a chain, has longer."""
 
     def run(self, console: Console) -> int:
         shapes, dtype = wanted(self.model, self.shape, self.model_shape, self.separate, self.dtype)

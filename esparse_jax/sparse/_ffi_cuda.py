@@ -37,7 +37,7 @@ MOST_WARPS = 16  # of a multiprocessor
 PREFILL_CAPABILITY = "9.0"  # whose instructions the prefill kernel is made of
 # What the handlers take at most: rows of x of that kernel, and weights of any.
 PREFILL_MAX_ROWS, MAX_WEIGHTS = 1 << 24, 1 << 31
-# What a plan of it may be; see ffi/cuda/prefill.h.
+# What a plan of it may be; see ffi/cuda/prefill_plan.h.
 PREFILL_PLAN_VALUES = {
     "rows": (64, 128, 256),
     "cluster": (1, 2),
@@ -83,7 +83,7 @@ def _require_fields(plan: Mapping[str, int], allowed: Mapping[str, tuple[int, ..
 
 
 def require_prefill_plan(plan: Mapping[str, int]) -> None:
-    """Refuses what is no plan of the prefill kernel, by ffi/cuda/prefill.h."""
+    """Refuses what is no plan of the prefill kernel, by ffi/cuda/prefill_plan.h."""
     _require_fields(plan, PREFILL_PLAN_VALUES)
     if plan.get("cluster") == 2 and (plan.get("rows", 256) != 256 or plan.get("split", 1) != 1):
         raise ValueError(

@@ -15,7 +15,8 @@ asks it when a product is traced, `choose_form` when a model is loaded. It is ke
 All times are microseconds a product. `dense`, `decode`, `prefill` (as `decode`, of that kernel) and
 `cusparselt` are missing where there was none; `plan` where the kernel's own rule is as good;
 `failed` where nothing failed; `partial`, true where only some of cuSPARSELt's algorithms were
-tried, elsewhere.
+tried, elsewhere; `chained`, true where the ways from the device form were timed in a jitted chain
+as `dense` is, where they were timed in CUDA graphs of their own, for a shorter time.
 """
 
 import contextlib
@@ -90,6 +91,8 @@ class Record:
             multiple of 8.
         failed: Candidates that crashed, hung or computed wrong numbers, and which of these.
         partial: Only some of the library's algorithms were tried, since that was asked for.
+        chained: The ways were timed as `dense` was. Else these are shorter measurements, whose
+            times are not for a comparison with it, nor with those of other records.
     """
 
     out: int
@@ -102,6 +105,7 @@ class Record:
     failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     partial: bool = False
     prefill: KernelTime | None = None
+    chained: bool = False
 
     @property
     def key(self) -> tuple[str, int, int, int]:
@@ -229,7 +233,8 @@ def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
     """The records of both; where both have one, the newer's.
 
     But what a search of some algorithms found replaces what a full one did only where it is faster;
-    the prefill kernel, which such a search has in full, is taken over where it ran.
+    the prefill kernel, which such a search has in full, is taken over where it ran. Times of two
+    kinds (`Record.chained`) are not mixed in one record.
 
     Raises:
         ValueError: They are for different machines.
@@ -242,7 +247,13 @@ def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
     records = {record.key: record for record in older.records}
     for record in newer.records:
         before = records.get(record.key)
-        if before is None or not record.partial or before.partial or _faster(record, before):
+        if (
+            before is None
+            or not record.partial
+            or before.partial
+            or record.chained != before.chained
+            or _faster(record, before)
+        ):
             records[record.key] = record
         elif record.prefill is not None:
             failed = {
@@ -345,8 +356,9 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         }
     if record.failed:
         fields["failed"] = dict(record.failed)
-    if record.partial:
-        fields["partial"] = True
+    for name in ("partial", "chained"):
+        if getattr(record, name):
+            fields[name] = True
     return fields
 
 
@@ -393,7 +405,7 @@ def _record_from_json(fields: Any) -> Record:
     _require_fields(
         fields,
         ("out", "channels", "dtype", "rows"),
-        ("dense", "decode", "prefill", "cusparselt", "failed", "partial"),
+        ("dense", "decode", "prefill", "cusparselt", "failed", "partial", "chained"),
     )
     for size in ("out", "channels"):
         _require_whole(fields[size], size)
@@ -408,8 +420,8 @@ def _record_from_json(fields: Any) -> Record:
     _require_type(failed, dict, "failed", "an object")
     for name, reason in failed.items():
         _require_type(reason, str, f"failed[{name!r}]", "a text")
-    partial = fields.get("partial", False)
-    _require_type(partial, bool, "partial", "true or false")
+    for name in ("partial", "chained"):
+        _require_type(fields.get(name, False), bool, name, "true or false")
     return Record(
         fields["out"],
         fields["channels"],
@@ -419,10 +431,11 @@ def _record_from_json(fields: Any) -> Record:
         _kernel_from_json(fields, "decode", _ffi_cuda.PLAN_VALUES, _ffi_cuda.require_plan),
         _library_from_json(fields["cusparselt"]) if "cusparselt" in fields else None,
         failed,
-        partial,
+        fields.get("partial", False),
         _kernel_from_json(
             fields, "prefill", _ffi_cuda.PREFILL_PLAN_VALUES, _ffi_cuda.require_prefill_plan
         ),
+        fields.get("chained", False),
     )
 
 

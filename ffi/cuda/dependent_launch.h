@@ -7,7 +7,9 @@ namespace esparse::cuda {
 // Every block waits for the kernel before before it reads what may come from there, and before it
 // writes anything. A kernel that requests nothing early waits before everything, and lets the next
 // one start only then, so that a next one may always request its weights early: whatever came
-// before both has ended.
+// before both has ended. The second launch of a prefill product is the exception: it reads x and
+// writes its own tiles of y while the first one runs, which did not start early, and waits for it
+// before it ends; it lets nobody start before that.
 __device__ __forceinline__ void LetNextStart() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

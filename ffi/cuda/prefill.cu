@@ -124,21 +124,21 @@ cudaError_t AskClusters(int blocks, int multiprocessors, int* clusters) {
 }
 
 // The same for blocks of so many rows, asked for once for each device.
-int ClustersAtOnce(int device, int multiprocessors, int rows, int blocks) {
+cudaError_t ClustersAtOnce(int device, int multiprocessors, int rows, int blocks, int* clusters) {
   static std::mutex mutex;
   static std::map<std::array<int, 3>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [found, is_new] = known.try_emplace({device, rows, blocks}, 0);
-  if (is_new) {
-    const auto ask = rows == 64    ? AskClusters<64, 5>
-                     : rows == 128 ? AskClusters<128, 8>
-                                   : AskClusters<256, 5>;
-    if (ask(blocks, multiprocessors, &found->second) != cudaSuccess) {
-      known.erase(found);
-      return 0;
-    }
+  const auto found = known.find({device, rows, blocks});
+  if (found != known.end()) {
+    *clusters = found->second;
+    return cudaSuccess;
   }
-  return found->second;
+  const auto ask = rows == 64    ? AskClusters<64, 5>
+                   : rows == 128 ? AskClusters<128, 8>
+                                 : AskClusters<256, 5>;
+  ESPARSE_CUDA_RETURN_IF_ERROR(ask(blocks, multiprocessors, clusters));
+  known[{device, rows, blocks}] = *clusters;
+  return cudaSuccess;
 }
 
 template <typename T, int kRows, int kStages, int kCluster>
@@ -166,12 +166,19 @@ cudaError_t LaunchPrefill(const Product& product, const PrefillPlan& given, cuda
   ESPARSE_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
   ESPARSE_CUDA_RETURN_IF_ERROR(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  cudaError_t asked = cudaSuccess;
   const PrefillRoom room = {multiprocessors, [&](int rows, int blocks) {
-                              return ClustersAtOnce(device, multiprocessors, rows, blocks);
+                              int clusters = 0;
+                              const cudaError_t status =
+                                  ClustersAtOnce(device, multiprocessors, rows, blocks, &clusters);
+                              if (status != cudaSuccess) asked = status;
+                              return clusters;
                             }};
+  if (!IsPlan(given)) return cudaErrorInvalidConfiguration;
   const PrefillPlan plan = CompletePlan(product, given, room);
   const int at_once = TeamsAtOnce(plan, room);
-  if (at_once < 1 || (plan.cluster == 2 && plan.split > 1)) return cudaErrorInvalidConfiguration;
+  ESPARSE_CUDA_RETURN_IF_ERROR(asked);
+  if (at_once < 1) return cudaErrorInvalidConfiguration;
   const PrefillCut cut = CutPrefill(product, plan, at_once);
   return product.dtype == Dtype::kFloat16 ? LaunchFor<__half>(product, plan, cut, stream)
                                           : LaunchFor<__nv_bfloat16>(product, plan, cut, stream);

@@ -19,7 +19,7 @@ struct PrefillArgs {
   int group;       // row tiles that are walked together
   int x_rows;      // that a copy of x brings
   int split;       // blocks of a cluster that each multiply a part of the channels
-  int first, end;  // the tiles of this launch, in units of the cluster that shares x
+  int first, end;  // the tiles of this launch, counted by clusters where blocks share x
   bool followed;   // by the launch of the rest, which may start before this one has ended
   uint16_t* y;
 };

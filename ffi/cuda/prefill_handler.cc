@@ -20,12 +20,7 @@ ffi::ErrorOr<PrefillPlan> CheckedPlan(const ffi::Span<const int32_t>& fields) {
                                            fields.size(), "."));
   }
   const PrefillPlan plan = PrefillPlanOf(fields.begin());
-  const bool rows = plan.rows == 0 || plan.rows == 64 || plan.rows == 128 || plan.rows == 256;
-  const bool wide = plan.rows == 0 || plan.rows == 256;
-  const bool cluster = plan.cluster == 0 || plan.cluster == 1 || (plan.cluster == 2 && wide);
-  const bool split = plan.split >= 0 && plan.split <= (plan.cluster == 2 ? 1 : kMostSplit);
-  const bool tail = plan.tail >= 0 && plan.tail <= (plan.split > 1 ? 1 : kMostSplit);
-  if (!rows || !cluster || !split || !tail || plan.group < 0 || plan.group > 64) {
+  if (!IsPlan(plan)) {
     return ffi::Unexpected(InvalidArgument(
         "a plan of ", kProduct, " is rows 64, 128 or 256, cluster 1, or 2 with 256 rows, group ",
         "1..64, split 1..", kMostSplit, ", or 1 with a cluster of 2, tail 1..", kMostSplit,

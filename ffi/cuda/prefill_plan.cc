@@ -57,6 +57,15 @@ PrefillArgs ArgsOf(const Product& product, int rows, int cluster, int group, int
 
 }  // namespace
 
+bool IsPlan(const PrefillPlan& plan) {
+  const bool rows = plan.rows == 0 || plan.rows == 64 || plan.rows == 128 || plan.rows == 256;
+  const bool wide = plan.rows == 0 || plan.rows == 256;
+  const bool cluster = plan.cluster == 0 || plan.cluster == 1 || (plan.cluster == 2 && wide);
+  const bool split = plan.split >= 0 && plan.split <= (plan.cluster == 2 ? 1 : kMostSplit);
+  const bool tail = plan.tail >= 0 && plan.tail <= (plan.split > 1 ? 1 : kMostSplit);
+  return rows && cluster && split && tail && plan.group >= 0 && plan.group <= kMostGroup;
+}
+
 PrefillPlan CompletePlan(const Product& product, const PrefillPlan& given,
                          const PrefillRoom& room) {
   PrefillPlan plan = given;

@@ -18,7 +18,7 @@ struct PrefillPlan {
   int32_t cluster = 0;  // 1, or of 256 rows 2 blocks, of neighbouring outputs, share what they load
   int32_t group = 0;    // 1..64 tiles of rows that are walked together, for the second-level cache
   int32_t split = 0;    // 1, or if cluster is 1 up to 8 blocks multiply a part of the channels each
-  int32_t tail = 0;     // the same for the last tiles alone, those that do not fill the device
+  int32_t tail = 0;  // if split is 1, as many for the last tiles, those that do not fill the device
 };
 
 // As it is handed over: its fields in their order.
@@ -27,7 +27,10 @@ inline PrefillPlan PrefillPlanOf(const int32_t* fields) {
   static_assert(sizeof(PrefillPlan) == kPrefillPlanFields * sizeof(int32_t));
   return {fields[0], fields[1], fields[2], fields[3], fields[4]};
 }
-constexpr int kMostSplit = 8;
+constexpr int kMostSplit = 8, kMostGroup = 64;
+
+// Whether a plan, its zeros among it, is one.
+bool IsPlan(const PrefillPlan& plan);
 
 // Blocks of so many rows that a multiprocessor has room for.
 constexpr int PrefillResident(int rows) { return rows == 64 ? 2 : 1; }

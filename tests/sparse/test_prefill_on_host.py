@@ -1,6 +1,7 @@
 """The prefill kernel's own source, run on the host: its blocks, copies, barriers and products."""
 
 import ctypes
+import itertools
 
 import host_build
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from decode_cases import random_blob, random_x, relative, rounding
 
 from esparse_jax.sparse import compressed24_of, decompress24
+from esparse_jax.sparse._ffi_cuda import PREFILL_PLAN_VALUES, require_prefill_plan
 
 NO_INSTANCE = 1
 
@@ -103,6 +105,21 @@ def test_the_work_is_cut_for_all_multiprocessors(on_host, rows, shape, plan, wan
     sizes = map(ctypes.c_int64, (rows, *shape))
     on_host.esparse_prefill_cut(*sizes, given, 132, clusters, result)
     assert tuple(result) == want
+
+
+def test_what_a_plan_is_both_sides_agree_on(on_host):
+    values = ((0, 64, 96, 128, 256), (0, 1, 2, 3), (0, 1, 64, 65), (0, 1, 2, 8, 9), (0, 1, 2, 8, 9))
+    for plan in itertools.product(*values):
+        fields = {
+            name: value for name, value in zip(PREFILL_PLAN_VALUES, plan, strict=True) if value
+        }
+        try:
+            require_prefill_plan(fields)
+            allowed = True
+        except ValueError:
+            allowed = False
+        given = (ctypes.c_int32 * 5)(*plan)
+        assert bool(on_host.esparse_prefill_is_plan(given)) is allowed, fields
 
 
 def test_instances_that_are_not_there_are_refused(on_host):

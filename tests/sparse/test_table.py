@@ -75,6 +75,7 @@ FULL = table(
         LibraryTime(10.0, Algorithm(3, 2, SplitKMode.TWO_KERNELS, 1, 0)),
         partial=True,
         prefill=KernelTime(9.5, {"rows": 256, "cluster": 2}),
+        chained=True,
     ),
     Record(80, 48, "bfloat16", 1, None, KernelTime(2.25)),
 )
@@ -231,6 +232,9 @@ def test_what_some_algorithms_gave_replaces_a_full_search_only_where_it_is_faste
     again = dataclasses.replace(slower, prefill=KernelTime(7.5))
     assert merged(with_prefill, again) == dataclasses.replace(with_prefill, prefill=again.prefill)
     assert merged(with_prefill, slower) is with_prefill
+    chained = dataclasses.replace(again, chained=True)  # slower, by another measure
+    assert merged(with_prefill, chained) is chained
+    assert merged(chained, with_prefill) is with_prefill
 
 
 # ---- what is no table

@@ -107,6 +107,7 @@ def test_every_way_is_measured_and_the_best_again(worker):
     assert record.decode == KernelTime(9.0, PLAN)
     assert record.cusparselt == LibraryTime(15.0, Algorithm(2, split_k=-1, workspace_bytes=64))
     assert record.failed == {}
+    assert record.chained
 
     asked = worker.asked()
     coarse = [line["name"] for line in asked if line["effort"] == "coarse"]
@@ -177,8 +178,13 @@ def test_who_fails_in_a_chain_gives_way_to_the_next(worker):
     assert record.cusparselt == LibraryTime(15.0, Algorithm(1, workspace_bytes=48))
     assert list(record.failed) == ["cusparselt, id 0"]
 
-    worker.write({"decode": [10.0, 10.0, 10.0, 10.0, {"refused": "no memory"}]}, algorithms=0)
-    assert worker.tune([8])[8].decode is None
+    rule = [10.0, 10.0, 10.0, 10.0, {"refused": "no memory"}]
+    worker.write({"decode": rule, PLAN_NAME: [10.0, 10.0, 10.0, 10.0, 11.5]}, algorithms=0)
+    (record,) = worker.tune([8]).values()
+    assert record.decode == KernelTime(11.5, PLAN)
+    worker.write({"decode": rule, "dense": 30.0}, default={"refused": "no"}, algorithms=0)
+    (record,) = worker.tune([1]).values()
+    assert (record.decode, record.failed) == (None, {})  # it computes, and may be used elsewhere
 
 
 @pytest.mark.parametrize(
@@ -186,11 +192,7 @@ def test_who_fails_in_a_chain_gives_way_to_the_next(worker):
     [
         ([10.0, 10.0, 10.0, 10.0], [9.0, 9.7, 9.7, 9.7], True),
         ([10.0, 10.0, 10.0, 10.0], [9.0, 9.9, 9.9, 9.9], False),  # less than 2 %
-        (
-            [10.0, 9.5, 10.0, 10.1, 10.0],
-            [9.0, 9.5, 9.5, 9.5],
-            False,
-        ),  # than its spread
+        ([10.0, 9.5, 10.0, 10.1, 10.0], [9.0] + 3 * [9.5], False),  # less than the rule's spread
     ],
 )
 def test_a_plan_must_beat_the_rule_by_more_than_noise(worker, rule, plan, wins):

@@ -92,6 +92,7 @@ struct Hopper {
   std::list<Copy> copies;                                // under way
   std::map<std::pair<int, int>, Warpgroup> warpgroups;   // by rank and number
   std::map<int, Meeting> workers;                        // by rank
+  std::vector<bool>* written;                            // of y, by all launches
   bool let_next_start = false;
   int waited = 0;        // threads that saw the launch before end
   bool outside = false;  // something was done that a GPU would not take
@@ -200,6 +201,7 @@ class Host {
       hopper_->outside = true;
     } else {
       std::memcpy(to, all, sizeof(all));
+      for (int i = 0; i < 8; ++i) NoteWritten(at + i);
     }
   }
   uint32_t Bytes(uint32_t low, uint32_t high, uint32_t which) const {
@@ -312,6 +314,11 @@ class Host {
     barrier.Settle();
     fiber_.SayProgress();
   }
+  // Nothing is computed twice.
+  void NoteWritten(int64_t at) {
+    if ((*hopper_->written)[at]) hopper_->outside = true;
+    (*hopper_->written)[at] = true;
+  }
   void FinishStores(size_t pending) {
     for (; stores_.size() > pending; stores_.pop_front()) {
       const Matrix& y = hopper_->y;
@@ -319,7 +326,9 @@ class Host {
         for (int c = 0; c < y.box_columns; ++c) {
           const uint32_t at = stores_.front().from + (r * y.box_columns + c) * 2;
           uint16_t* to = y.At(stores_.front().row + r, stores_.front().column + c);
-          if (to != nullptr) std::memcpy(to, Place(Rank(), Strewn(at, y.swizzle), 2), 2);
+          if (to == nullptr) continue;
+          std::memcpy(to, Place(Rank(), Strewn(at, y.swizzle), 2), 2);
+          NoteWritten(to - y.data);
         }
       }
     }
@@ -387,7 +396,7 @@ struct Job {
 
 // One launch, a cluster after the other. They share nothing but what they read.
 template <typename T, int kRows, int kStages, int kCluster>
-Outcome RunLaunch(const Job& job, const PrefillArgs& args, int teams) {
+Outcome RunLaunch(const Job& job, const PrefillArgs& args, int teams, std::vector<bool>* written) {
   const Product& product = job.product;
   const int team = kCluster * args.split;
   const auto matrix = [](void* data, int64_t rows, int64_t columns, int box_rows, int box_columns,
@@ -396,6 +405,7 @@ Outcome RunLaunch(const Job& job, const PrefillArgs& args, int teams) {
   };
   for (int c = 0; c < teams; ++c) {
     Hopper hopper = {};
+    hopper.written = written;
     hopper.copying = job.copying;
     hopper.multiplying = job.multiplying;
     void* const blob = const_cast<void*>(product.blob);
@@ -430,9 +440,11 @@ Outcome RunLaunch(const Job& job, const PrefillArgs& args, int teams) {
 template <typename T, int kRows, int kStages, int kCluster>
 Outcome RunGrid(const Job& job) {
   const PrefillCut cut = CutPrefill(job.product, job.plan, job.teams_at_once);
-  const Outcome outcome = RunLaunch<T, kRows, kStages, kCluster>(job, cut.args, cut.teams);
+  std::vector<bool> written(job.product.rows * job.product.out);
+  const Outcome outcome =
+      RunLaunch<T, kRows, kStages, kCluster>(job, cut.args, cut.teams, &written);
   if (outcome != kDone || cut.tail_teams == 0) return outcome;
-  return RunLaunch<T, kRows, kStages, 1>(job, cut.tail, cut.tail_teams);
+  return RunLaunch<T, kRows, kStages, 1>(job, cut.tail, cut.tail_teams, &written);
 }
 
 template <typename T>
@@ -479,6 +491,10 @@ extern "C" __attribute__((visibility("default"))) int esparse_prefill_on_host(
 // What CompletePlan and CutPrefill make of a plan on a device with room for so many clusters of
 // two, three and four blocks, of one block a multiprocessor: its fields, then the teams of both
 // launches and where the second one begins.
+extern "C" __attribute__((visibility("default"))) int esparse_prefill_is_plan(const int32_t* plan) {
+  return esparse::cuda::IsPlan(esparse::cuda::PrefillPlanOf(plan));
+}
+
 extern "C" __attribute__((visibility("default"))) void esparse_prefill_cut(
     int64_t rows, int64_t out, int64_t channels, const int32_t* plan, int multiprocessors,
     const int32_t* clusters, int32_t* result) {
