@@ -8,6 +8,7 @@ for each shape and number of rows holds the kernel's own choice against the best
 """
 
 import csv
+import functools
 import math
 import statistics
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import tyro
 
 from esparse_jax.models import PUBLISHED_SHAPES
 from esparse_jax.sparse import _ffi_cuda, blob24, compress24
-from esparse_jax.sparse._timing import copy_bandwidth, random_24
+from esparse_jax.sparse._timing import copy_bandwidth, random_24, timer_operands
 from esparse_jax.sparse.tune import decode_plans
 
 SHAPES = dict.fromkeys(
@@ -55,37 +56,24 @@ def main(options: Options) -> None:
         out, channels = map(int, shape.split("x"))
         blob = blob24(compress24(random_24(jax.random.key(0), out, channels, options.dtype)))
         copies = math.ceil(options.rotate_mb * 1e6 / blob.nbytes)
-        blobs = jnp.tile(blob.data, copies)
+        blobs = jnp.tile(blob.data, (copies, 1))
         for rows in options.rows:
             x = jax.random.normal(jax.random.key(1), (rows, channels)).astype(options.dtype)
             y = jnp.zeros((rows, out), options.dtype)
-            jax.block_until_ready((x, y, blobs))
-
-            product = {
-                "rows": rows,
-                "out": out,
-                "channels": channels,
-                "dtype": options.dtype,
-            }
+            operands = timer_operands(x, blobs, y)
+            product = {name: operands[name] for name in ("rows", "out", "channels", "dtype")}
+            time = functools.partial(
+                extension.decode_time,
+                **operands,
+                launches=max(24, copies),
+                replays=options.replays,
+            )
 
             def used(plan, product=product):
                 return extension.decode_used_plan(**product, plan=_ffi_cuda._plan(plan).tolist())
 
-            def microseconds(
-                plan, prefetch=options.prefetch, x=x, y=y, blobs=blobs, product=product
-            ):
-                return extension.decode_time(
-                    **product,
-                    plan=_ffi_cuda._plan(plan).tolist(),
-                    prefetch=prefetch,
-                    x=x.unsafe_buffer_pointer(),
-                    blobs=blobs.unsafe_buffer_pointer(),
-                    blob_bytes=blob.nbytes,  # noqa: B023
-                    copies=copies,  # noqa: B023
-                    y=y.unsafe_buffer_pointer(),
-                    launches=max(24, copies),  # noqa: B023
-                    replays=options.replays,
-                )
+            def microseconds(plan, prefetch=options.prefetch, time=time):
+                return time(plan=_ffi_cuda._plan(plan).tolist(), prefetch=prefetch)
 
             figures = []
             for plan in decode_plans():

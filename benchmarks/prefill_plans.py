@@ -8,6 +8,7 @@ the clock. A line for each shape and number of rows holds the kernel's own rule 
 """
 
 import csv
+import functools
 import math
 import statistics
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import tyro
 
 from esparse_jax.models import PUBLISHED_SHAPES
 from esparse_jax.sparse import _ffi_cuda, blob24, compress24, this_machine
-from esparse_jax.sparse._timing import ROTATED_BYTES, random_24
+from esparse_jax.sparse._timing import ROTATED_BYTES, random_24, timer_operands
 from esparse_jax.sparse.tune import prefill_plans
 
 SHAPES = dict.fromkeys(
@@ -55,28 +56,19 @@ def main(options: Options) -> None:
         out, channels = map(int, shape.split("x"))
         blob = blob24(compress24(random_24(jax.random.key(0), out, channels, options.dtype)))
         copies = math.ceil(ROTATED_BYTES / blob.nbytes)
-        blobs = jnp.tile(blob.data, copies)
+        blobs = jnp.tile(blob.data, (copies, 1))
         for rows in options.rows:
             x = jax.random.normal(jax.random.key(1), (rows, channels)).astype(options.dtype)
             y = jnp.zeros((rows, out), options.dtype)
-            jax.block_until_ready((x, y, blobs))
-            operands = {
-                "rows": rows,
-                "out": out,
-                "channels": channels,
-                "dtype": options.dtype,
-                "x": x.unsafe_buffer_pointer(),
-                "blobs": blobs.unsafe_buffer_pointer(),
-                "blob_bytes": blob.nbytes,
-                "copies": copies,
-                "y": y.unsafe_buffer_pointer(),
-                "launches": max(10, copies),
-                "replays": options.replays,
-            }
+            time = functools.partial(
+                _ffi_cuda._extension().prefill_time,
+                **timer_operands(x, blobs, y),
+                launches=max(10, copies),
+                replays=options.replays,
+            )
 
-            def microseconds(plan, operands=operands):
-                fields = _ffi_cuda.prefill_plan(plan).tolist()
-                return _ffi_cuda._extension().prefill_time(plan=fields, **operands)
+            def microseconds(plan, time=time):
+                return time(plan=_ffi_cuda.prefill_plan(plan).tolist())
 
             figures = [(microseconds(plan), plan) for plan in prefill_plans(rows)]
             best, plan = min(figures, key=lambda figure: figure[0])
@@ -89,9 +81,9 @@ def main(options: Options) -> None:
                 flush=True,
             )
             fields = {"out": out, "channels": channels, "rows_of_x": rows}
-            for time, plan in [(rule, {}), *figures]:
+            for figure, plan in [(rule, {}), *figures]:
                 named = {name: plan.get(name, "") for name in _ffi_cuda.PREFILL_PLAN_VALUES}
-                lines.append(fields | named | {"microseconds": round(time, 3)})
+                lines.append(fields | named | {"microseconds": round(figure, 3)})
     mean = statistics.geometric_mean(losses)
     print(f"rule over best, geometric mean: {mean:.4f}, at most {max(losses):.3f}")
     if options.csv is not None:

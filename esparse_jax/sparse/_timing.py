@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 ROTATED_BYTES = 300_000_000
 # Microseconds until a CUDA graph has started: a part of the time of a single launch.
@@ -65,6 +65,31 @@ def rotation(weight_bytes: int, rows: int, shape: tuple[int, int]) -> int:
     """
     around = 2 * rows * sum(shape)
     return max(1, math.ceil((ROTATED_BYTES - around) / weight_bytes))
+
+
+def timer_operands(
+    x: Float[Array, "row channel"],
+    blobs: UInt8[Array, "copy blob_byte"],
+    y: Float[Array, "all_rows out"],
+) -> dict[str, Any]:
+    """What the extension's timers of our kernels are told of a product, when it is all there.
+
+    Args:
+        blobs: Copies of one weight, for one launch after the other.
+        y: Written over, its first rows; there may be more of them than x has.
+    """
+    jax.block_until_ready((x, blobs, y))
+    return {
+        "rows": x.shape[0],
+        "out": y.shape[1],
+        "channels": x.shape[1],
+        "dtype": x.dtype.name,
+        "x": x.unsafe_buffer_pointer(),
+        "blobs": blobs.unsafe_buffer_pointer(),
+        "blob_bytes": blobs.shape[1],
+        "copies": blobs.shape[0],
+        "y": y.unsafe_buffer_pointer(),
+    }
 
 
 def chain_rotation(weight_bytes: int, rows: int, shape: tuple[int, int]) -> int:

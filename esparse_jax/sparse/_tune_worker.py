@@ -41,6 +41,7 @@ from ._timing import (
     exact_product,
     random_24,
     rotation,
+    timer_operands,
 )
 from .blob import Blob24, device_blob24
 from .compress import compress24
@@ -238,7 +239,7 @@ class Bench:
             prefetch=False,
             launches=launches,
             replays=replays,
-            **self._buffers(y, blobs),
+            **timer_operands(self._operand, blobs, y),
         )
 
     def _prefill(
@@ -248,24 +249,8 @@ class Bench:
             plan=_ffi_cuda.prefill_plan(plan).tolist(),
             launches=launches,
             replays=replays,
-            **self._buffers(y, blobs),
+            **timer_operands(self._operand, blobs, y),
         )
-
-    def _buffers(self, y: Array, blobs: Array) -> dict[str, Any]:
-        """What a timer of the extension is told of the operands."""
-        x = self._operand
-        jax.block_until_ready(blobs)
-        return {
-            "rows": x.shape[0],
-            "out": self._shape[0],
-            "channels": self._shape[1],
-            "dtype": self._dtype.name,
-            "x": x.unsafe_buffer_pointer(),
-            "blobs": blobs.unsafe_buffer_pointer(),
-            "blob_bytes": blobs.shape[1],
-            "copies": blobs.shape[0],
-            "y": y.unsafe_buffer_pointer(),
-        }
 
     def _by_library(
         self,

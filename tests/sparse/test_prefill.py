@@ -12,6 +12,7 @@ from decode_cases import random_blob, random_x, relative, rounding
 from lowering import lowered_for_cuda
 
 from esparse_jax.sparse import Blob24, _ffi_cuda, compressed24_of, decompress24
+from esparse_jax.sparse._timing import timer_operands
 
 needs_build = pytest.mark.skipif(
     not _ffi_cuda.prefill_available(), reason="the extension was built without code for Hopper"
@@ -147,12 +148,10 @@ def test_the_timer_runs_the_plan_that_it_is_given():
         plan = {"rows": 64, "cluster": 1, "group": 8, "split": split}
         want = np.asarray(prefill(x, blob, plan=plan))
         y = jnp.full_like(want, jnp.nan)
-        jax.block_until_ready((x, blob.data, y))
+        blobs = blob.data[None]
         _ffi_cuda._extension().prefill_time(
-            plan=_ffi_cuda.prefill_plan(plan).tolist(), launches=1, replays=1, rows=64, out=256,
-            channels=4096, dtype="float16", x=x.unsafe_buffer_pointer(),
-            blobs=blob.data.unsafe_buffer_pointer(), blob_bytes=blob.nbytes, copies=1,
-            y=y.unsafe_buffer_pointer(),
+            plan=_ffi_cuda.prefill_plan(plan).tolist(), launches=1, replays=1,
+            **timer_operands(x, blobs, y),
         )  # fmt: skip
         np.testing.assert_array_equal(y, want, err_msg=str(plan))
         bits.add(want.tobytes())
