@@ -53,9 +53,9 @@ def _share_compilations(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SHARED_SECONDS)
 
 
-# Rooms whose tests drive whole models: nearly all their time is compilation, and what they check
-# does not depend on how well XLA optimises.
-DRIVERS = {"pipeline", "inference", "command"}
+# Rooms whose tests compile whole models and searches, and check what does not depend on how well
+# XLA optimises.
+QUICK = {"command", "inference", "pipeline", "pruning"}
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def packaged(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
-    """Compile fast instead of well in the tests of the drivers."""
-    quick = request.path.parent.name in DRIVERS
+    """Compile fast instead of well, on a processor."""
+    quick = request.path.parent.name in QUICK and jax.default_backend() == "cpu"
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
