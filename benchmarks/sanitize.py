@@ -67,19 +67,26 @@ PROMPT_SHAPE, PROMPT_ROWS = (704, 448), 600
 PROMPT_PLANS = (
     {"rows": 64, "split": 1},
     {"rows": 64, "split": 3},
-    {"rows": 128, "split": 1},
-    {"rows": 128, "split": 2},
-    {"rows": 256, "split": 1, "cluster": 1},
-    {"rows": 256, "split": 1, "cluster": 2},
-    {"rows": 256, "split": 7},
+    {"rows": 128, "outputs": 128, "split": 1},
+    {"rows": 128, "outputs": 128, "split": 2},
+    {"rows": 128, "outputs": 192, "split": 1},
+    {"rows": 128, "outputs": 192, "split": 2},
+    {"rows": 256, "outputs": 128, "split": 1, "cluster": 1},
+    {"rows": 256, "outputs": 128, "split": 1, "cluster": 2},
+    {"rows": 256, "outputs": 128, "split": 7},
+    {"rows": 256, "outputs": 192, "split": 1, "cluster": 1},
+    {"rows": 256, "outputs": 192, "split": 1, "cluster": 2},
+    {"rows": 256, "outputs": 192, "split": 7},
 )
 # And with the last tiles split, which takes more of them than an H200 or H100 runs at once.
-TAIL_SHAPE, TAIL_ROWS = (8512, 192), 500
+TAIL_SHAPE, TAIL_ROWS = (8512, 192), 800
 TAIL_PLANS = (
     {"rows": 64, "split": 1, "tail": 3},
-    {"rows": 128, "split": 1, "tail": 2},
-    {"rows": 256, "split": 1, "tail": 3, "cluster": 1},
-    {"rows": 256, "split": 1, "tail": 2, "cluster": 2},
+    {"rows": 128, "outputs": 128, "split": 1, "tail": 2},
+    {"rows": 128, "outputs": 192, "split": 1, "tail": 3},
+    {"rows": 256, "outputs": 128, "split": 1, "tail": 3, "cluster": 1},
+    {"rows": 256, "outputs": 128, "split": 1, "tail": 2, "cluster": 2},
+    {"rows": 256, "outputs": 192, "split": 1, "tail": 2, "cluster": 2},
 )
 # Rows and channels of the norms: one to four rows share a block, and the last one is not full.
 NORMS = ((6, 2056), (5, 8192), (2, 24320))

@@ -30,7 +30,7 @@ _REGISTERS = re.compile(r"REG:(\d+)")
 _LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 _SPARSE = re.compile(r"\bHG?MMA\.SP\b")
 DECODE, ATTENTION, PREFILL, OTHER = "decode", "attention", "prefill", "other"
-_NAMES = {"esparse_decode_": DECODE, "esparse_attend_": ATTENTION, "PrefillKernel": PREFILL}
+_NAMES = {"esparse_decode_": DECODE, "esparse_attend_": ATTENTION, "esparse_prefill_": PREFILL}
 _LEAST_OF_ATTENTION = 90
 
 

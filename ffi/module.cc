@@ -27,7 +27,7 @@ constexpr const char* kProductTarget = "esparse_product24_cpu_v1";
 constexpr const char* kExpandTarget = "esparse_expand24_cpu_v1";
 constexpr const char* kDecodeTarget = "esparse_decode24_cuda_v4";
 constexpr const char* kChainTarget = "esparse_chain24_cuda_v3";
-constexpr const char* kPrefillTarget = "esparse_prefill24_cuda_v2";
+constexpr const char* kPrefillTarget = "esparse_prefill24_cuda_v3";
 constexpr const char* kAttendTarget = "esparse_attend_cuda_v2";
 constexpr const char* kMaxSumTarget = "esparse_max_sum_cuda_v1";
 constexpr const char* kRowNormTarget = "esparse_row_norm_cuda_v1";
@@ -137,9 +137,11 @@ PYBIND11_MODULE(_esparse_ffi, module) {
 #endif
 #ifdef ESPARSE_CUBINS
   module.attr("CUDA_RECORDED_TARGET") = esparse::cuda::kRecordedTarget;
+  module.attr("CUDA_RECORDED_PREFILL_TARGET") = esparse::cuda::kRecordedPrefillTarget;
   module.attr("CUDA_RECORDED_ATTEND_TARGET") = esparse::cuda::kRecordedAttendTarget;
 #else
   module.attr("CUDA_RECORDED_TARGET") = py::none();
+  module.attr("CUDA_RECORDED_PREFILL_TARGET") = py::none();
   module.attr("CUDA_RECORDED_ATTEND_TARGET") = py::none();
 #endif
   module.attr("CUDA_RECORD_TARGET") = kRecordTarget;

@@ -40,11 +40,17 @@ PREFILL_MAX_ROWS, MAX_WEIGHTS = 1 << 24, 1 << 31
 # What a plan of it may be; see ffi/cuda/prefill_plan.h.
 PREFILL_PLAN_VALUES = {
     "rows": (64, 128, 256),
+    "outputs": (128, 192),
     "cluster": (1, 2),
     "group": tuple(range(1, 65)),
     "split": tuple(range(1, 9)),
     "tail": tuple(range(1, 9)),
 }
+# Rows, outputs and cluster of the blocks that there are.
+PREFILL_TILES = (
+    *((64, 128, 1), (128, 128, 1), (128, 192, 1)),
+    *((256, 128, 1), (256, 128, 2), (256, 192, 1), (256, 192, 2)),
+)
 
 # What the decode kernel does around the product, by the numbers of ffi/cuda/decode_args.h.
 _NORM, _SWIGLU, _RESIDUAL, _PERMUTE, _SCATTER = 1, 2, 4, 8, 16
@@ -85,10 +91,18 @@ def _require_fields(plan: Mapping[str, int], allowed: Mapping[str, tuple[int, ..
 def require_prefill_plan(plan: Mapping[str, int]) -> None:
     """Refuses what is no plan of the prefill kernel, by ffi/cuda/prefill_plan.h."""
     _require_fields(plan, PREFILL_PLAN_VALUES)
-    if plan.get("cluster") == 2 and (plan.get("rows", 256) != 256 or plan.get("split", 1) != 1):
+    named = [plan.get(field) for field in ("rows", "outputs", "cluster")]
+    if not any(
+        all(value in (None, own) for value, own in zip(named, tile, strict=True))
+        for tile in PREFILL_TILES
+    ):
+        listed = ", ".join(f"{rows} x {outputs} in {many}" for rows, outputs, many in PREFILL_TILES)
         raise ValueError(
-            f"a plan with a cluster of 2 blocks has 256 rows and a split of 1; got {dict(plan)}."
+            "rows x outputs of a plan and the blocks that share x, its cluster, are one of "
+            f"{listed}; got {dict(plan)}."
         )
+    if plan.get("cluster") == 2 and plan.get("split", 1) != 1:
+        raise ValueError(f"a plan with a cluster of 2 blocks has a split of 1; got {dict(plan)}.")
     if plan.get("split", 1) > 1 and plan.get("tail", 1) > 1:
         raise ValueError(
             f"a plan splits the channels of all tiles or of its tail, not both; got {dict(plan)}."
@@ -258,17 +272,21 @@ def prefill(
     blob: UInt8[Array, " blob_byte"],
     *,
     out: int,
+    prefetch: bool = False,
     plan: Mapping[str, int] | None = None,
 ) -> Float[Array, "row out"]:
     """`x @ weight.T` by the prefill kernel, for any number of rows; compute capability 9.0 only.
 
     Args:
         blob: `Blob24.data` of a weight with `out` outputs.
+        prefetch: The blob was complete before the computation began: where XLA records calls, it
+            may be read before the kernel before has ended.
         plan: How the work is cut, where the kernel's own rule is not the best: the rows of x that a
-            block multiplies at a time, the blocks that share what they load of x, how many tiles of
-            rows are walked together, how many blocks split the channels of a tile, and how many
-            those of the tail: the last tiles, too few for all multiprocessors (the sum of the parts
-            is rounded as any other sum in float32, so its last bits are others).
+            block multiplies at a time, and the outputs; the blocks that share what they load of x,
+            how many tiles of rows are walked together, how many blocks split the channels of a
+            tile, and how many those of the tail: the last tiles, too few for all multiprocessors
+            (the sum of the parts is rounded as any other sum in float32, so its last bits are
+            others).
 
     Raises:
         RuntimeError: The extension was built without it.
@@ -281,8 +299,9 @@ def prefill(
             "was not made for: CMAKE_CUDA_ARCHITECTURES must name 90 (see BUILD.md)."
         )
     result = _ffi.result_like(x, blob, (x.shape[0], out), x.dtype)
-    call = jax.ffi.ffi_call(extension.CUDA_PREFILL_TARGET, result)
-    return call(x, blob, plan=prefill_plan(plan))
+    recorded = extension.CUDA_RECORDED_PREFILL_TARGET if records_calls() else None
+    call = jax.ffi.ffi_call(recorded or extension.CUDA_PREFILL_TARGET, result)
+    return call(x, blob, prefetch=prefetch, plan=prefill_plan(plan))
 
 
 def prefill_plan(plan: Mapping[str, int] | None) -> np.ndarray:

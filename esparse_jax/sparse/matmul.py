@@ -330,7 +330,7 @@ def _batchable_blob(choice: _Choice):
 
     def prefilled(x, data, plan=None, default=None):
         """By the prefill kernel, in the same way."""
-        call = functools.partial(_ffi_cuda.prefill, out=shape[0], plan=plan)
+        call = functools.partial(_ffi_cuda.prefill, out=shape[0], prefetch=prefetch, plan=plan)
         return on("cuda", call, x, data, default)
 
     def library(x, data, readers, best, default=None):

@@ -138,21 +138,25 @@ def decode_plans() -> list[dict[str, int]]:
 
 
 def prefill_plans(rows: int) -> list[dict[str, int]]:
-    """Plans of the prefill kernel that may be the best for so many rows: 6 to 21.
+    """Plans of the prefill kernel that may be the best for so many rows: 6 to 28.
 
     Its tiles of rows are not much larger than x nor a small part of it, the channels are split only
     where there may be fewer tiles than multiprocessors, or few more, and those of the last tiles
     where these may be a good part of all.
     """
-    tiles = [tile for tile, least, most in _PREFILL_TILES if least < rows <= most]
-    splits = (2, 3, 4, 6, 8) if rows <= 2048 else ()
-    plans = [{"rows": tile, "cluster": 1, "split": split} for tile in tiles for split in splits]
-    groups = (4, 8, 16) if rows > 2048 else (8,)
-    for tile, group in itertools.product(tiles, groups):
-        for cluster in (1, 2) if tile == 256 else (1,):
-            plans.append({"rows": tile, "cluster": cluster, "group": group, "split": 1})
-    tails = (1, 2, 4, 8) if rows <= 4096 else ()
-    return plans + [{"rows": tile, "split": 1, "tail": tail} for tile in tiles for tail in tails]
+    fitting = {tile for tile, least, most in _PREFILL_TILES if least < rows <= most}
+    groups = (4, 8, 16) if rows > 2048 else ()
+    tails = (1, 2, 4) if rows <= 4096 else ()
+    plans = []
+    for tile, outputs, cluster in _ffi_cuda.PREFILL_TILES:
+        if tile not in fitting or (tile == 256 and cluster == 1 and rows > 1024):
+            continue
+        own = {"rows": tile, "outputs": outputs, "cluster": cluster}
+        plans += [own | {"group": group, "split": 1} for group in groups]
+        plans += [own | {"split": 1, "tail": tail} for tail in tails]
+        if cluster == 1 and outputs == 128 and rows <= 2048:
+            plans += [own | {"split": split} for split in (2, 3, 4, 6, 8)]
+    return plans
 
 
 def library_algorithms(

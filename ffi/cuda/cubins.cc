@@ -18,6 +18,7 @@
 ESPARSE_EMBED(esparse_cubin_float16, ESPARSE_CUBIN_FLOAT16);
 ESPARSE_EMBED(esparse_cubin_bfloat16, ESPARSE_CUBIN_BFLOAT16);
 ESPARSE_EMBED(esparse_cubin_attention, ESPARSE_CUBIN_ATTENTION);
+ESPARSE_EMBED(esparse_cubin_prefill, ESPARSE_CUBIN_PREFILL);
 
 namespace esparse::cuda {
 
@@ -36,6 +37,11 @@ cudaError_t CubinsRun(bool* run) {
 Cubin AttentionCubin() {
   return {esparse_cubin_attention_begin,
           static_cast<size_t>(esparse_cubin_attention_end - esparse_cubin_attention_begin)};
+}
+
+Cubin PrefillCubin() {
+  return {esparse_cubin_prefill_begin,
+          static_cast<size_t>(esparse_cubin_prefill_end - esparse_cubin_prefill_begin)};
 }
 
 Cubin DecodeCubin(Dtype dtype) {

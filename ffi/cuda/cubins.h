@@ -22,6 +22,7 @@ cudaError_t CubinsRun(bool* run);
 
 Cubin DecodeCubin(Dtype dtype);
 Cubin AttentionCubin();
+Cubin PrefillCubin();
 
 }  // namespace esparse::cuda
 

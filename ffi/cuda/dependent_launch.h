@@ -8,8 +8,9 @@ namespace esparse::cuda {
 // writes anything. A kernel that requests nothing early waits before everything, and lets the next
 // one start only then, so that a next one may always request its weights early: whatever came
 // before both has ended. The second launch of a prefill product is the exception: it reads x and
-// writes its own tiles of y while the first one runs, which did not start early, and waits for it
-// before it ends; it lets nobody start before that.
+// writes its own tiles of y while the first one runs, which has seen the kernel before it end and
+// let it start only then, and waits for the first one before it ends; it lets nobody start before
+// that.
 __device__ __forceinline__ void LetNextStart() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -21,15 +21,15 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(MaxSum32);
 // A residual added to rows, their norm, and its channels in another order; see row_norm.h.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(RowNorm16);
 
-#ifdef ESPARSE_HOPPER
-// A product of many rows, on compute capability 9.0; see prefill.h.
+// A product of many rows; see prefill.h. Only builds for compute capability 9.0 have it.
 XLA_FFI_DECLARE_HANDLER_SYMBOL(Prefill24);
-#endif
 
 #ifdef ESPARSE_CUBINS
-// A product that XLA records instead of tracing it.
+// Products that XLA records instead of tracing them.
 constexpr const char* kRecordedTarget = "esparse_decode24_recorded_v3";
 XLA_FFI_Error* RecordDecode24(XLA_FFI_CallFrame* frame);
+constexpr const char* kRecordedPrefillTarget = "esparse_prefill24_recorded_v1";
+XLA_FFI_Error* RecordPrefill24(XLA_FFI_CallFrame* frame);
 
 // `jax.ffi` cannot register a record stage (0.11 takes one and drops it), so RegisterRecorded is
 // what it registers: when XLA asks that handler who it is, it registers all recorded targets with

@@ -1,7 +1,10 @@
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <mutex>
+#include <type_traits>
 
 #include "cuda/prefill.h"
 #include "cuda/prefill_gpu.h"
@@ -10,14 +13,60 @@
 namespace esparse::cuda {
 namespace {
 
-template <typename T, int kRows, int kStages, int kCluster>
-__global__ void __launch_bounds__(kPrefillThreads, PrefillResident(kRows))
-    PrefillKernel(const __grid_constant__ CUtensorMap values, const __grid_constant__ CUtensorMap x,
-                  const __grid_constant__ CUtensorMap indices,
-                  const __grid_constant__ CUtensorMap y, const PrefillArgs p) {
-  extern __shared__ uint8_t shared[];
-  PrefillGpu device(shared, &values, &x, &indices, &y);
-  Prefill<T, kRows, kStages, kCluster>(device, p);
+// All tiles that there are: rows x outputs, stages, blocks that share x. Stages, and what is to be
+// stored, fill the shared memory of a multiprocessor.
+#define ESPARSE_PREFILL_TILES(DO, NAME, T)     \
+  DO(NAME##_64x128, T, 64, 128, 5, 1)          \
+  DO(NAME##_128x128, T, 128, 128, 8, 1)        \
+  DO(NAME##_128x192, T, 128, 192, 6, 1)        \
+  DO(NAME##_256x128, T, 256, 128, 5, 1)        \
+  DO(NAME##_256x128_shared, T, 256, 128, 5, 2) \
+  DO(NAME##_256x192, T, 256, 192, 4, 1)        \
+  DO(NAME##_256x192_shared, T, 256, 192, 4, 2)
+
+// A name in C, so that a cubin has it as well.
+#define ESPARSE_PREFILL(NAME, T, ROWS, OUTPUTS, STAGES, CLUSTER)                               \
+  extern "C" __global__ void __launch_bounds__(PrefillThreads(ROWS, OUTPUTS),                  \
+                                               PrefillResident(ROWS))                          \
+      NAME(const __grid_constant__ CUtensorMap values, const __grid_constant__ CUtensorMap x,  \
+           const __grid_constant__ CUtensorMap indices, const __grid_constant__ CUtensorMap y, \
+           const PrefillArgs p) {                                                              \
+    extern __shared__ uint8_t shared[];                                                        \
+    PrefillGpu device(shared, &values, &x, &indices, &y);                                      \
+    Prefill<T, PrefillTile<ROWS, OUTPUTS / kGroupOutputs, STAGES, CLUSTER>>(device, p);        \
+  }
+ESPARSE_PREFILL_TILES(ESPARSE_PREFILL, esparse_prefill_float16, __half)
+ESPARSE_PREFILL_TILES(ESPARSE_PREFILL, esparse_prefill_bfloat16, __nv_bfloat16)
+
+struct Instance {
+  Dtype dtype;
+  int rows, outputs, cluster;
+  const char* name;
+  const void* function;
+  int shared;  // bytes; the layout begins at a multiple of 1024
+};
+
+template <typename T>
+constexpr Dtype kDtypeOf = std::is_same_v<T, __half> ? Dtype::kFloat16 : Dtype::kBfloat16;
+
+#define ESPARSE_PREFILL_INSTANCE(NAME, T, ROWS, OUTPUTS, STAGES, CLUSTER) \
+  {kDtypeOf<T>,                                                           \
+   ROWS,                                                                  \
+   OUTPUTS,                                                               \
+   CLUSTER,                                                               \
+   #NAME,                                                                 \
+   reinterpret_cast<const void*>(&NAME),                                  \
+   PrefillTile<ROWS, OUTPUTS / kGroupOutputs, STAGES, CLUSTER>::kBytes + 1024},
+
+// That of a plan, which has one.
+const Instance& FindInstance(Dtype dtype, int rows, int outputs, int cluster) {
+  static const Instance all[] = {
+      ESPARSE_PREFILL_TILES(ESPARSE_PREFILL_INSTANCE, esparse_prefill_float16, __half)
+          ESPARSE_PREFILL_TILES(ESPARSE_PREFILL_INSTANCE, esparse_prefill_bfloat16, __nv_bfloat16)};
+  return *std::find_if(std::begin(all), std::end(all), [&](const Instance& one) {
+    return one.dtype == dtype && one.rows == rows && one.outputs == outputs &&
+           one.cluster == cluster;
+  });
 }
 
 // The driver's function that describes a matrix for tensor copies; the runtime finds it, so that
@@ -56,121 +105,103 @@ cudaError_t DescribeMatrix(const Product& product, const void* data, int64_t row
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Of shared memory; the layout begins at a multiple of 1024.
-template <int kRows, int kStages>
-constexpr int kSharedBytes = PrefillLayout<kRows, kStages>::kBytes + 1024;
+// The tiles of `args` by so many teams.
+cudaError_t PrepareTiles(const Product& product, const PrefillPlan& plan, const PrefillArgs& args,
+                         int teams, bool shares_x, PrefillLaunch* launch) {
+  constexpr int kIndexNumbers = kGroupOutputs * kStageChannels / 8 / 2;
+  const Instance& instance =
+      FindInstance(product.dtype, plan.rows, plan.outputs, shares_x ? plan.cluster : 1);
+  launch->name = instance.name;
+  launch->function = instance.function;
+  launch->teams = teams;
+  launch->threads = PrefillThreads(plan.rows, plan.outputs);
+  launch->team = shares_x ? plan.cluster : args.split;
+  launch->shared = instance.shared;
+  launch->args = args;
+  ESPARSE_CUDA_RETURN_IF_ERROR(
+      DescribeMatrix(product, product.blob, product.out, product.channels / 2, plan.outputs,
+                     kStageChannels / 2, CU_TENSOR_MAP_SWIZZLE_64B, &launch->values));
+  ESPARSE_CUDA_RETURN_IF_ERROR(DescribeMatrix(product, product.x, product.rows, product.channels,
+                                              static_cast<uint32_t>(args.x_rows), kStageChannels,
+                                              CU_TENSOR_MAP_SWIZZLE_128B, &launch->x));
+  const uint8_t* indices =
+      static_cast<const uint8_t*>(product.blob) + product.out * product.channels;
+  ESPARSE_CUDA_RETURN_IF_ERROR(DescribeMatrix(product, indices, product.out / kGroupOutputs,
+                                              product.channels / kStageChannels * kIndexNumbers,
+                                              plan.outputs / kGroupOutputs, kIndexNumbers,
+                                              CU_TENSOR_MAP_SWIZZLE_NONE, &launch->indices));
+  return DescribeMatrix(product, product.y, product.rows, product.out, kStoreRows, kGroupOutputs,
+                        CU_TENSOR_MAP_SWIZZLE_128B, &launch->y);
+}
 
-// A kernel's launch by clusters, without what is asked for beside.
-struct Launch {
+// What a launch asks of the runtime.
+struct Config {
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
 
-  Launch(int teams, int team, int shared, cudaStream_t stream) {
+  Config(int teams, int team, int threads, int shared, cudaStream_t stream) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {static_cast<unsigned>(team), 1, 1};
     config.gridDim = dim3(teams * team);
-    config.blockDim = dim3(kPrefillThreads);
+    config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 1;
   }
-};
-
-// The tiles of `args` by so many teams; `early`: it may start before the kernel before has ended.
-template <typename T, int kRows, int kStages, int kCluster>
-cudaError_t LaunchTiles(const Product& product, const PrefillArgs& args, int teams, bool early,
-                        cudaStream_t stream) {
-  const int64_t steps = product.channels / kStageChannels;
-  CUtensorMap values, x, indices, y;
-  ESPARSE_CUDA_RETURN_IF_ERROR(
-      DescribeMatrix(product, product.blob, product.out, product.channels / 2, kBlockOutputs,
-                     kStageChannels / 2, CU_TENSOR_MAP_SWIZZLE_64B, &values));
-  ESPARSE_CUDA_RETURN_IF_ERROR(DescribeMatrix(product, product.x, product.rows, product.channels,
-                                              static_cast<uint32_t>(args.x_rows), kStageChannels,
-                                              CU_TENSOR_MAP_SWIZZLE_128B, &x));
-  const uint8_t* all_indices =
-      static_cast<const uint8_t*>(product.blob) + product.out * product.channels;
-  constexpr int kIndexNumbers = PrefillLayout<kRows, kStages>::kIndexBytes / 2;
-  ESPARSE_CUDA_RETURN_IF_ERROR(DescribeMatrix(product, all_indices, product.out / kGroupOutputs,
-                                              steps * kIndexNumbers, kBlockOutputs / kGroupOutputs,
-                                              kIndexNumbers, CU_TENSOR_MAP_SWIZZLE_NONE, &indices));
-  ESPARSE_CUDA_RETURN_IF_ERROR(DescribeMatrix(product, product.y, product.rows, product.out,
-                                              kStoreRows, kGroupOutputs, CU_TENSOR_MAP_SWIZZLE_128B,
-                                              &y));
-  const auto kernel = PrefillKernel<T, kRows, kStages, kCluster>;
-  constexpr int kShared = kSharedBytes<kRows, kStages>;
-  ESPARSE_CUDA_RETURN_IF_ERROR(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  Launch launch(teams, kCluster * args.split, kShared, stream);
-  if (early) {
-    cudaLaunchAttribute& attribute = launch.attributes[launch.config.numAttrs++];
+  void StartEarly() {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
-  return cudaLaunchKernelEx(&launch.config, kernel, values, x, indices, y, args);
+};
+
+cudaError_t Launch(PrefillLaunch& launch, bool early, cudaStream_t stream) {
+  ESPARSE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+      launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared));
+  Config config(launch.teams, launch.team, launch.threads, launch.shared, stream);
+  if (early) config.StartEarly();
+  void* parameters[] = {&launch.values, &launch.x, &launch.indices, &launch.y, &launch.args};
+  return cudaLaunchKernelExC(&config.config, launch.function, parameters);
 }
 
-// How many clusters of `blocks` blocks run at once; 0 where not one does. What a block takes of a
-// multiprocessor is the same in both dtypes, and whether it shares x or not.
-template <int kRows, int kStages>
-cudaError_t AskClusters(int blocks, int multiprocessors, int* clusters) {
-  const auto kernel = PrefillKernel<__half, kRows, kStages, 1>;
-  constexpr int kShared = kSharedBytes<kRows, kStages>;
-  ESPARSE_CUDA_RETURN_IF_ERROR(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  const Launch full(multiprocessors / blocks, blocks, kShared, nullptr);
-  return cudaOccupancyMaxActiveClusters(clusters, kernel, &full.config);
-}
-
-// The same for blocks of so many rows, asked for once for each device.
-cudaError_t ClustersAtOnce(int device, int multiprocessors, int rows, int blocks, int* clusters) {
+// How many clusters of `blocks` blocks of such tiles run at once, asked for once for each device;
+// 0 where not one does. What a block takes of a multiprocessor is the same in both dtypes, and
+// whether it shares x or not.
+cudaError_t ClustersAtOnce(int device, int multiprocessors, int rows, int outputs, int blocks,
+                           int* clusters) {
   static std::mutex mutex;
-  static std::map<std::array<int, 3>, int> known;
+  static std::map<std::array<int, 4>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find({device, rows, blocks});
+  const auto found = known.find({device, rows, outputs, blocks});
   if (found != known.end()) {
     *clusters = found->second;
     return cudaSuccess;
   }
-  const auto ask = rows == 64    ? AskClusters<64, 5>
-                   : rows == 128 ? AskClusters<128, 8>
-                                 : AskClusters<256, 5>;
-  ESPARSE_CUDA_RETURN_IF_ERROR(ask(blocks, multiprocessors, clusters));
-  known[{device, rows, blocks}] = *clusters;
+  const Instance& instance = FindInstance(Dtype::kFloat16, rows, outputs, 1);
+  const Config full(multiprocessors / blocks, blocks, PrefillThreads(rows, outputs),
+                    instance.shared, nullptr);
+  ESPARSE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+      instance.function, cudaFuncAttributeMaxDynamicSharedMemorySize, instance.shared));
+  ESPARSE_CUDA_RETURN_IF_ERROR(
+      cudaOccupancyMaxActiveClusters(clusters, instance.function, &full.config));
+  known[{device, rows, outputs, blocks}] = *clusters;
   return cudaSuccess;
-}
-
-template <typename T, int kRows, int kStages, int kCluster>
-cudaError_t LaunchCut(const Product& product, const PrefillCut& cut, cudaStream_t stream) {
-  ESPARSE_CUDA_RETURN_IF_ERROR((LaunchTiles<T, kRows, kStages, kCluster>(
-      product, cut.args, cut.teams, /*early=*/false, stream)));
-  if (cut.tail_teams == 0) return cudaSuccess;
-  return LaunchTiles<T, kRows, kStages, 1>(product, cut.tail, cut.tail_teams, /*early=*/true,
-                                           stream);
-}
-
-template <typename T>
-cudaError_t LaunchFor(const Product& product, const PrefillPlan& plan, const PrefillCut& cut,
-                      cudaStream_t stream) {
-  if (plan.cluster == 2) return LaunchCut<T, 256, 5, 2>(product, cut, stream);
-  if (plan.rows == 64) return LaunchCut<T, 64, 5, 1>(product, cut, stream);
-  if (plan.rows == 128) return LaunchCut<T, 128, 8, 1>(product, cut, stream);
-  return LaunchCut<T, 256, 5, 1>(product, cut, stream);
 }
 
 }  // namespace
 
-cudaError_t LaunchPrefill(const Product& product, const PrefillPlan& given, cudaStream_t stream) {
+cudaError_t PreparePrefill(const Product& product, const PrefillPlan& given, bool prefetch,
+                           PrefillLaunches* launches) {
   int device, multiprocessors;
   ESPARSE_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
   ESPARSE_CUDA_RETURN_IF_ERROR(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   cudaError_t asked = cudaSuccess;
-  const PrefillRoom room = {multiprocessors, [&](int rows, int blocks) {
+  const PrefillRoom room = {multiprocessors, [&](int rows, int outputs, int blocks) {
                               int clusters = 0;
-                              const cudaError_t status =
-                                  ClustersAtOnce(device, multiprocessors, rows, blocks, &clusters);
+                              const cudaError_t status = ClustersAtOnce(
+                                  device, multiprocessors, rows, outputs, blocks, &clusters);
                               if (status != cudaSuccess) asked = status;
                               return clusters;
                             }};
@@ -179,9 +210,21 @@ cudaError_t LaunchPrefill(const Product& product, const PrefillPlan& given, cuda
   const int at_once = TeamsAtOnce(plan, room);
   ESPARSE_CUDA_RETURN_IF_ERROR(asked);
   if (at_once < 1) return cudaErrorInvalidConfiguration;
-  const PrefillCut cut = CutPrefill(product, plan, at_once);
-  return product.dtype == Dtype::kFloat16 ? LaunchFor<__half>(product, plan, cut, stream)
-                                          : LaunchFor<__nv_bfloat16>(product, plan, cut, stream);
+  PrefillCut cut = CutPrefill(product, plan, at_once);
+  cut.args.prefetch = prefetch;
+  launches->count = cut.tail_teams > 0 ? 2 : 1;
+  ESPARSE_CUDA_RETURN_IF_ERROR(PrepareTiles(product, plan, cut.args, cut.teams,
+                                            /*shares_x=*/plan.cluster > 1, &launches->all[0]));
+  if (launches->count == 1) return cudaSuccess;
+  return PrepareTiles(product, plan, cut.tail, cut.tail_teams, /*shares_x=*/false,
+                      &launches->all[1]);
+}
+
+cudaError_t LaunchPrefill(const Product& product, const PrefillPlan& plan, cudaStream_t stream) {
+  PrefillLaunches launches;
+  ESPARSE_CUDA_RETURN_IF_ERROR(PreparePrefill(product, plan, /*prefetch=*/false, &launches));
+  ESPARSE_CUDA_RETURN_IF_ERROR(Launch(launches.all[0], /*early=*/false, stream));
+  return launches.count == 1 ? cudaSuccess : Launch(launches.all[1], /*early=*/true, stream);
 }
 
 }  // namespace esparse::cuda

@@ -7,6 +7,7 @@
 #ifndef ESPARSE_FFI_CUDA_PREFILL_H_
 #define ESPARSE_FFI_CUDA_PREFILL_H_
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include "cuda/prefill_plan.h"
@@ -16,6 +17,25 @@ namespace esparse::cuda {
 // y = x W^T of a product without fusion, on a device of compute capability 9.0. All buffers start
 // at multiples of kAlignment.
 cudaError_t LaunchPrefill(const Product& product, const PrefillPlan& plan, cudaStream_t stream);
+
+// The kernels of a product, for those who queue them in another way: `teams` clusters of `team`
+// blocks, whose parameters are the last five fields.
+struct PrefillLaunch {
+  const char* name;      // in the cubin
+  const void* function;  // for the CUDA runtime
+  int teams, team, threads, shared;
+  CUtensorMap values, x, indices, y;
+  PrefillArgs args;
+};
+struct PrefillLaunches {
+  PrefillLaunch all[2];
+  int count;  // the second one may start before the first has ended
+};
+
+// `prefetch`: the caller knows that W was complete before the kernel before began, and lets the
+// first kernel start before that one has ended (programmatic dependent launch).
+cudaError_t PreparePrefill(const Product& product, const PrefillPlan& plan, bool prefetch,
+                           PrefillLaunches* launches);
 
 }  // namespace esparse::cuda
 

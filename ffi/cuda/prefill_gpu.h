@@ -88,8 +88,9 @@ class PrefillGpu {
   ESPARSE_DEVICE void SyncGroup(int group) const {
     asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
   }
+  template <int kWorkers>
   ESPARSE_DEVICE void SyncWorkers() const {
-    asm volatile("bar.sync 3, %0;" ::"n"(kWorkers) : "memory");
+    asm volatile("bar.sync 4, %0;" ::"n"(kWorkers) : "memory");  // after those of three groups
   }
   // The cluster, or this block.
   template <bool kCluster>
@@ -115,7 +116,10 @@ class PrefillGpu {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
   }
-  // One arrival at the same barrier of a block of the cluster.
+  ESPARSE_DEVICE void Arrive(uint32_t barrier) const {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+  }
+  // At the same barrier of a block of the cluster.
   ESPARSE_DEVICE void ArriveAt(uint32_t barrier, int rank) const {
     asm volatile(
         "{\n"

@@ -2,15 +2,15 @@
 // those of a GPU, testing/prefill_on_host.cc those of a test without one. Each also sees to `min`
 // and `max`. Addresses of shared memory are numbers.
 //
-// The blob is read as it lies (see decode_kernel.h). A block computes 128 outputs x kRows rows of
-// x, 64 channels at a stage:
+// The blob is read as it lies (see decode_kernel.h). A block has two to four warpgroups and
+// computes 64 outputs for each x kRows rows of x, 64 channels at a stage:
 //
-//   values    128 rows of 64 bytes, 32 values each    a tensor copy, strewn in 64 bytes
+//   values    rows of 64 bytes, 32 values each        a tensor copy, strewn in 64 bytes
 //   x         kRows rows of 128 bytes, 64 channels    a tensor copy, strewn in 128 bytes; each
 //                                                     block of a cluster loads a part for all
-//   indices   twice 512 bytes, of 64 outputs each     a tensor copy: they lie together in the blob
+//   indices   512 bytes for 64 outputs                a tensor copy: they lie together in the blob
 //
-// One thread fills the stages; two warpgroups multiply, 64 outputs each, by two wgmma.sp of 32
+// One thread fills the stages; the warpgroups multiply, 64 outputs each, by two wgmma.sp of 32
 // channels. A stage is full when its bytes are there, and empty when the warps of all blocks that
 // its part of x went to have multiplied it. Blocks stay for all their tiles, so that the stages
 // fill up for the next tile while the sums of this one are written: transposed through shared
@@ -31,30 +31,33 @@
 
 namespace esparse::cuda {
 
-constexpr int kGroupOutputs = 64;  // of a warpgroup
 constexpr int kStoreRows = 32;
-constexpr int kGroupThreads = 128;
-constexpr int kWorkers = 2 * kGroupThreads;     // threads that multiply
-constexpr int kPrefillThreads = kWorkers + 32;  // up to 224 registers for each
-constexpr int kWorkerWarps = kWorkers / 32;
 constexpr int kChunk = 8;  // numbers of y in 16 bytes
 
-// Bytes of shared memory, from a multiple of 1024 on.
-template <int kRows, int kStages>
-struct PrefillLayout {
-  static constexpr int kValueBytes = kBlockOutputs * kStageChannels / 2 * 2;
-  static constexpr int kXBytes = kRows * kStageChannels * 2;
+// What a block computes at a time, and how: `groups` warpgroups of 64 outputs each x `rows` rows of
+// x, which `cluster` blocks of neighbouring outputs share. Bytes of shared memory are counted from
+// a multiple of 1024 on.
+template <int rows, int groups, int stages, int cluster>
+struct PrefillTile {
+  static constexpr int kRows = rows, kGroups = groups, kStages = stages, kCluster = cluster;
+  static constexpr int kOutputs = groups * kGroupOutputs;
+  static constexpr int kWorkers = groups * kGroupThreads;  // threads that multiply
+  static constexpr int kThreads = PrefillThreads(rows, kOutputs);
+  static constexpr bool kHasLoader = HasLoader(rows, kOutputs);
+  static constexpr int kValueBytes = kOutputs * kStageChannels / 2 * 2;
+  static constexpr int kXBytes = rows * kStageChannels * 2;
   static constexpr int kStageBytes = kValueBytes + kXBytes;
   static constexpr int kIndexBytes = kGroupOutputs * kStageChannels / 8;  // of a warpgroup
   static constexpr int kStoreBytes = kStoreRows * kGroupOutputs * 2;
-  static constexpr int kStoreAt = kStages * kStageBytes;  // two for each warpgroup
-  static constexpr int kIndicesAt = kStoreAt + 4 * kStoreBytes;
-  static constexpr int kBarriersAt = kIndicesAt + kStages * 2 * kIndexBytes;
-  static constexpr int kBytes = kBarriersAt + kStages * 2 * 8;
-  // Sums that are left for the cluster, where the stages were: rows of x, far enough apart that the
-  // threads of a warp write to different banks.
-  static constexpr int kSumsPitch = (kBlockOutputs + 4) * 4;
-  static_assert(kRows * kSumsPitch <= kStoreAt);
+  static constexpr int kStoreAt = stages * kStageBytes;  // two for each warpgroup
+  static constexpr int kIndicesAt = kStoreAt + 2 * groups * kStoreBytes;
+  static constexpr int kBarriersAt = kIndicesAt + stages * groups * kIndexBytes;
+  static constexpr int kBytes = kBarriersAt + stages * 2 * 8;
+  // Sums that are left for the cluster, where the stages and what is stored were: rows of x, far
+  // enough apart that the threads of a warp write to different banks.
+  static constexpr int kSumsPitch = (kOutputs + 4) * 4;
+  static_assert(rows * kSumsPitch <= kIndicesAt);
+  static_assert(kStageBytes % 1024 == 0 && kValueBytes % 1024 == 0);
 };
 
 // Rows of operands as tensor copies strew them, each row as wide as the pattern: a chunk of 16
@@ -76,72 +79,115 @@ ESPARSE_DEVICE uint64_t Further(uint64_t descriptor) {
 }
 
 // Where the tile of a block lies: runs of `group` row tiles, in which the rows go fastest.
-template <int kRows>
+template <typename Tile>
 ESPARSE_DEVICE void PlaceTile(const PrefillArgs& p, int tile, int* output, int* row) {
   const int rank = tile % p.wide, shared = tile / p.wide;
   const int run = p.group * p.out_tiles;
   const int first = shared / run * p.group, within = shared % run;
   const int high = min(p.group, p.row_tiles - first);
-  *row = (first + within % high) * kRows;
-  *output = (within / high * p.wide + rank) * kBlockOutputs;
+  *row = (first + within % high) * Tile::kRows;
+  *output = (within / high * p.wide + rank) * Tile::kOutputs;
 }
 
 // What a block of a cluster multiplies: stages `first` to `end` - 1 of every tile.
 struct Share {
   int first, end;
 };
-template <int kCluster, typename Device>
+template <typename Tile, typename Device>
 ESPARSE_DEVICE Share ShareOf(Device& device, const PrefillArgs& p) {
   const int steps = p.channels / kStageChannels;
-  if (kCluster > 1) return {0, steps};
+  if (Tile::kCluster > 1) return {0, steps};
   const int rank = device.Rank();
   return {steps * rank / p.split, steps * (rank + 1) / p.split};
 }
 
-// Loads all stages of all tiles of a block: one thread.
-template <int kRows, int kStages, int kCluster, typename Device>
-ESPARSE_DEVICE void FillStages(Device& device, const PrefillArgs& p) {
-  using Places = PrefillLayout<kRows, kStages>;
-  constexpr int kPart = kRows / kCluster;
-  const uint32_t stages = device.Shared(), full = stages + Places::kBarriersAt,
-                 empty = full + kStages * 8;
-  const int team = kCluster * p.split, rank = kCluster > 1 ? device.Rank() : 0;
-  const Share share = ShareOf<kCluster>(device, p);
-  const uint32_t bytes =
-      Places::kValueBytes + kCluster * p.x_rows * kStageChannels * 2 + 2 * Places::kIndexBytes;
-  int stage = 0;
-  uint32_t phase = 1;
-  for (int tile = p.first + device.Block() / team; tile < p.end; tile += device.Blocks() / team) {
-    int output, row;
-    PlaceTile<kRows>(p, tile * kCluster + rank, &output, &row);
-    for (int k = share.first; k < share.end; ++k) {
-      device.WaitBarrier(empty + 8 * stage, phase);
-      const uint32_t barrier = full + 8 * stage, at = stages + stage * Places::kStageBytes;
-      device.ArriveAndExpect(barrier, bytes);
-      device.CopyValues(at, k * (kStageChannels / 2), output, barrier);
-      device.template CopyX<kCluster>(at + Places::kValueBytes + rank * (kPart * 128),
-                                      k * kStageChannels, row + rank * kPart, barrier);
-      device.CopyIndices(stages + Places::kIndicesAt + stage * 2 * Places::kIndexBytes,
-                         k * (Places::kIndexBytes / 2), output / kGroupOutputs, barrier);
-      if (++stage == kStages) {
-        stage = 0;
-        phase ^= 1;
-      }
+// Loads all stages of all tiles of a block, one after the other: one thread.
+template <typename Tile, typename Device>
+class StageLoader {
+ public:
+  ESPARSE_DEVICE StageLoader(Device& device, const PrefillArgs& p)
+      : device_(device),
+        p_(p),
+        share_(ShareOf<Tile>(device, p)),
+        rank_(Tile::kCluster > 1 ? device.Rank() : 0) {}
+
+  // The first stages of the first tile, as many as there is room for. W may come before the kernel
+  // before has ended, x may not.
+  ESPARSE_DEVICE void Begin() {
+    tile_ = p_.first + device_.Block() / (Tile::kCluster * p_.split);
+    Place();
+    const int count = Left() ? min(Tile::kStages, share_.end - share_.first) : 0;
+    if (p_.prefetch) {
+      for (int i = 0; i < count; ++i) CopyWeight(i, share_.first + i);
+    }
+    if (p_.first == 0) device_.WaitForPrevious();
+    for (int i = 0; i < count; ++i) {
+      if (!p_.prefetch) CopyWeight(i, k_);
+      CopyX();
     }
   }
-}
+  // One more, where there is one, as soon as its place is free.
+  ESPARSE_DEVICE void Next() {
+    if (!Left()) return;
+    const int stage = turn_ % Tile::kStages;
+    device_.WaitBarrier(Empty(stage), ~(turn_ / Tile::kStages) & 1);  // free from the start
+    CopyWeight(stage, k_);
+    CopyX();
+  }
+  ESPARSE_DEVICE bool Left() const { return tile_ < p_.end; }
+
+ private:
+  ESPARSE_DEVICE uint32_t Full(int stage) const {
+    return device_.Shared() + Tile::kBarriersAt + 8 * stage;
+  }
+  ESPARSE_DEVICE uint32_t Empty(int stage) const { return Full(Tile::kStages + stage); }
+  ESPARSE_DEVICE void Place() {
+    if (!Left()) return;
+    PlaceTile<Tile>(p_, tile_ * Tile::kCluster + rank_, &output_, &row_);
+    k_ = share_.first;
+  }
+  ESPARSE_DEVICE void CopyWeight(int stage, int k) {
+    const uint32_t bytes = Tile::kValueBytes + Tile::kCluster * p_.x_rows * kStageChannels * 2 +
+                           Tile::kGroups * Tile::kIndexBytes;
+    device_.ArriveAndExpect(Full(stage), bytes);
+    device_.CopyValues(device_.Shared() + stage * Tile::kStageBytes, k * (kStageChannels / 2),
+                       output_, Full(stage));
+    device_.CopyIndices(
+        device_.Shared() + Tile::kIndicesAt + stage * Tile::kGroups * Tile::kIndexBytes,
+        k * (Tile::kIndexBytes / 2), output_ / kGroupOutputs, Full(stage));
+  }
+  // The part of x that this block loads, into the stage whose turn it is.
+  ESPARSE_DEVICE void CopyX() {
+    constexpr int kPart = Tile::kRows / Tile::kCluster;
+    const int stage = turn_++ % Tile::kStages;
+    device_.template CopyX<Tile::kCluster>(
+        device_.Shared() + stage * Tile::kStageBytes + Tile::kValueBytes + rank_ * (kPart * 128),
+        k_ * kStageChannels, row_ + rank_ * kPart, Full(stage));
+    if (++k_ == share_.end) {
+      tile_ += device_.Blocks() / (Tile::kCluster * p_.split);
+      Place();
+    }
+  }
+
+  Device& device_;
+  const PrefillArgs& p_;
+  const Share share_;
+  const int rank_;
+  int tile_, k_, output_, row_;
+  uint32_t turn_ = 0;  // stages that were loaded
+};
 
 // Leaves the sums of a block for the cluster, where its stages were.
-template <int kRows, int kStages, typename Device>
-ESPARSE_DEVICE void LeaveSums(Device& device, const float (&sum)[kRows / 2]) {
-  constexpr int kPitch = PrefillLayout<kRows, kStages>::kSumsPitch;
+template <typename Tile, typename Device>
+ESPARSE_DEVICE void LeaveSums(Device& device, const float (&sum)[Tile::kRows / 2]) {
+  constexpr int kPitch = Tile::kSumsPitch;
   const int thread = device.Thread(), lane = thread % 32;
   // A warp has 16 outputs: lane 4 g + t those at g and g + 8, of each 8 rows 2 t and 2 t + 1.
   const uint32_t at =
       device.Shared() + (lane & 3) * 2 * kPitch + (thread / 32 * 16 + (lane >> 2)) * 4;
-  device.SyncWorkers();  // both have read the stages
+  device.template SyncWorkers<Tile::kWorkers>();  // both have read the stages
   ESPARSE_UNROLL
-  for (int i = 0; i < kRows / 8; ++i) {
+  for (int i = 0; i < Tile::kRows / 8; ++i) {
     ESPARSE_UNROLL
     for (int j = 0; j < 4; ++j) {
       device.StoreShared(at + (i * 8 + j % 2) * kPitch + j / 2 * 32, sum[i * 4 + j]);
@@ -150,23 +196,23 @@ ESPARSE_DEVICE void LeaveSums(Device& device, const float (&sum)[kRows / 2]) {
 }
 
 // Adds up what the blocks of a cluster left, and writes a part of y.
-template <typename T, int kRows, int kStages, typename Device>
+template <typename T, typename Tile, typename Device>
 ESPARSE_DEVICE void AddSums(Device& device, const PrefillArgs& p) {
-  constexpr int kPitch = PrefillLayout<kRows, kStages>::kSumsPitch;
-  constexpr int kChunks = kBlockOutputs / kChunk;
+  constexpr int kPitch = Tile::kSumsPitch;
+  constexpr int kChunks = Tile::kOutputs / kChunk;
   int output, row;
-  PlaceTile<kRows>(p, p.first + device.Block() / p.split, &output, &row);
-  constexpr int kAtATime = kRows == 64 ? 2 : 4;  // chunks whose loads are under way together
-  const int rows = min(kRows, p.rows - row), outputs = min(kBlockOutputs, p.out - output);
-  const int step = p.split * kWorkers;
-  for (int i = device.Rank() * kWorkers + device.Thread(); i < rows * kChunks;
+  PlaceTile<Tile>(p, p.first + device.Block() / p.split, &output, &row);
+  constexpr int kAtATime = Tile::kRows == 64 ? 2 : 4;  // chunks whose loads are under way together
+  const int rows = min(Tile::kRows, p.rows - row), outputs = min(Tile::kOutputs, p.out - output);
+  const int step = p.split * Tile::kWorkers;
+  for (int i = device.Rank() * Tile::kWorkers + device.Thread(); i < rows * kChunks;
        i += kAtATime * step) {
     float sum[kAtATime][kChunk] = {};
     for (int part = 0; part < p.split; ++part) {
       float more[kAtATime][kChunk];
       ESPARSE_UNROLL
       for (int c = 0; c < kAtATime; ++c) {  // rows that x does not have are read and not written
-        const int at = min(i + c * step, kRows * kChunks - 1);
+        const int at = min(i + c * step, Tile::kRows * kChunks - 1);
         device.LoadOfBlock(
             part, device.Shared() + at / kChunks * kPitch + at % kChunks * kChunk * 4, more[c]);
       }
@@ -191,55 +237,67 @@ ESPARSE_DEVICE void AddSums(Device& device, const PrefillArgs& p) {
 
 // Multiplies all stages of all tiles of a block, and writes y or leaves the sums of its only tile
 // for the cluster: two warpgroups.
-template <typename T, int kRows, int kStages, int kCluster, typename Device>
-ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p) {
-  using Places = PrefillLayout<kRows, kStages>;
-  const uint32_t stages = device.Shared(), full = stages + Places::kBarriersAt,
-                 empty = full + kStages * 8;
+template <typename T, typename Tile, typename Device>
+ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p,
+                                   StageLoader<Tile, Device>& loader) {
+  const uint32_t stages = device.Shared(), full = stages + Tile::kBarriersAt,
+                 empty = full + Tile::kStages * 8;
   const int thread = device.Thread(), warp = thread / 32, lane = thread % 32;
   const int group = thread / kGroupThreads;
   const bool leader = thread % kGroupThreads == 0;
-  const int team = kCluster * p.split, rank = kCluster > 1 ? device.Rank() : 0;
-  const Share share = ShareOf<kCluster>(device, p);
+  const int team = Tile::kCluster * p.split, rank = Tile::kCluster > 1 ? device.Rank() : 0;
+  const Share share = ShareOf<Tile>(device, p);
   // Of the indices: 256 bytes for 32 channels, in them 64 for 16 outputs, in them 8 for outputs
   // (o, o + 8), whose nibbles alternate, and in them bytes of the two chunks of 16 channels by
   // turns. Lane t of four serves the product t / 2 of a stage with the chunk t % 2.
-  const uint32_t my_indices = stages + Places::kIndicesAt + group * Places::kIndexBytes +
+  const uint32_t my_indices = stages + Tile::kIndicesAt + group * Tile::kIndexBytes +
                               ((lane >> 1) & 1) * 256 + (warp & 3) * 64 + (lane >> 2) * 8;
   const uint32_t my_bytes = lane & 1 ? 0x7531 : 0x6420;
 
   int stage = 0;
   uint32_t phase = 0;
-  float sum[kRows / 2];
+  float sum[Tile::kRows / 2];
+  // While it waits for the other warpgroups, products of its own are under way.
+  const auto load = [&] {
+    if (Tile::kHasLoader || warp != 0) return;
+    if (device.Elect()) loader.Next();
+    device.SyncWarp();
+  };
   for (int tile = p.first + device.Block() / team; tile < p.end; tile += device.Blocks() / team) {
     int output, row;
-    PlaceTile<kRows>(p, tile * kCluster + rank, &output, &row);
-    int before = -1;  // the stage whose products may still run
-    const auto release = [&](int done) {
-      if (lane < kCluster) {
-        device.ArriveAt(empty + 8 * done, kCluster > 1 ? lane : device.Rank());
+    PlaceTile<Tile>(p, tile * Tile::kCluster + rank, &output, &row);
+    // The stage before, whose products have ended.
+    const auto release = [&] {
+      const int done = (stage == 0 ? Tile::kStages : stage) - 1;
+      if (Tile::kCluster == 1) {
+        if (lane == 0) device.Arrive(empty + 8 * done);
+      } else if (lane < Tile::kCluster) {
+        device.ArriveAt(empty + 8 * done, lane);
       }
     };
-    const auto multiply = [&](uint32_t& indices, bool add) {
+    const auto multiply = [&](uint32_t& indices, int k) {
       device.WaitBarrier(full + 8 * stage, phase);
       uint32_t a, b;
-      device.LoadShared(my_indices + stage * 2 * Places::kIndexBytes, &a, &b);
+      device.LoadShared(my_indices + stage * Tile::kGroups * Tile::kIndexBytes, &a, &b);
       const uint32_t mine = device.Bytes(a, b, my_bytes);
       const uint32_t low = mine & 0x0f0f0f0fu, high = (mine >> 4) & 0x0f0f0f0fu;
       indices = device.Bytes(low | (low >> 4), high | (high >> 4), 0x6420);
-      const uint32_t at = stages + stage * Places::kStageBytes;
+      const uint32_t at = stages + stage * Tile::kStageBytes;
       const uint64_t weight =
-          MatrixDescriptor<Swizzle::k64Bytes>(at + group * (Places::kValueBytes / 2));
-      const uint64_t rows = MatrixDescriptor<Swizzle::k128Bytes>(at + Places::kValueBytes);
+          MatrixDescriptor<Swizzle::k64Bytes>(at + group * (Tile::kValueBytes / Tile::kGroups));
+      const uint64_t rows = MatrixDescriptor<Swizzle::k128Bytes>(at + Tile::kValueBytes);
       device.BeginProducts();
-      device.template MultiplySparse<T, kRows, 0>(sum, weight, rows, indices, add);
-      device.template MultiplySparse<T, kRows, 1>(sum, Further<32>(weight), Further<64>(rows),
-                                                  indices, true);
+      device.template MultiplySparse<T, Tile::kRows, 0>(sum, weight, rows, indices,
+                                                        k > share.first);
+      device.template MultiplySparse<T, Tile::kRows, 1>(sum, Further<32>(weight), Further<64>(rows),
+                                                        indices, true);
       device.CommitProducts();
       device.template WaitProducts<1>();
-      if (before >= 0) release(before);
-      before = stage;
-      if (++stage == kStages) {
+      if (k > share.first) {
+        release();
+        load();
+      }
+      if (++stage == Tile::kStages) {
         stage = 0;
         phase ^= 1;
       }
@@ -248,21 +306,21 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p) {
     uint32_t even, odd;
     int k = share.first;
     for (; k + 1 < share.end; k += 2) {
-      multiply(even, k > share.first);
-      multiply(odd, true);
+      multiply(even, k);
+      multiply(odd, k + 1);
     }
-    if (k < share.end) multiply(even, k > share.first);
+    if (k < share.end) multiply(even, k);
     device.template WaitProducts<0>();
-    if (kCluster == 1 && p.split > 1) {
-      LeaveSums<kRows, kStages>(device, sum);
+    if (Tile::kCluster == 1 && p.split > 1) {
+      LeaveSums<Tile>(device, sum);
       return;
     }
-    release(before);
+    release();
+    load();
 
     ESPARSE_UNROLL
-    for (int part = 0; part < kRows / kStoreRows; ++part) {
-      const uint32_t store =
-          stages + Places::kStoreAt + (group * 2 + part % 2) * Places::kStoreBytes;
+    for (int part = 0; part < Tile::kRows / kStoreRows; ++part) {
+      const uint32_t store = stages + Tile::kStoreAt + (group * 2 + part % 2) * Tile::kStoreBytes;
       if (leader) device.template WaitStoresRead<1>();
       device.SyncGroup(group);
       ESPARSE_UNROLL
@@ -286,34 +344,46 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p) {
   if (leader) device.WaitStores();
 }
 
-template <typename T, int kRows, int kStages, int kCluster, typename Device>
+template <typename T, typename Tile, typename Device>
 ESPARSE_DEVICE void Prefill(Device& device, const PrefillArgs& p) {
-  const uint32_t full = device.Shared() + PrefillLayout<kRows, kStages>::kBarriersAt;
+  const uint32_t full = device.Shared() + Tile::kBarriersAt;
   const int thread = device.Thread();
-  if (p.followed) device.LetNextStart();
-  if (thread == kWorkers) device.PrefetchDescriptions();
+  // Who lets the next kernel start has seen the one before end, or requests W alone until then (see
+  // dependent_launch.h). The second launch reads x at once, so the first one has to have seen it.
+  if (p.prefetch && !p.followed) device.LetNextStart();
+  if (thread == Tile::kThreads - 32) device.PrefetchDescriptions();
   if (thread == 0) {
-    for (int s = 0; s < kStages; ++s) {
+    for (int s = 0; s < Tile::kStages; ++s) {
       device.InitBarrier(full + 8 * s, 1);
-      device.InitBarrier(full + 8 * (kStages + s), kWorkerWarps * kCluster);
+      device.InitBarrier(full + 8 * (Tile::kStages + s), Tile::kWorkers / 32 * Tile::kCluster);
     }
     device.FenceBarriers();
   }
-  device.template SyncAll<(kCluster > 1)>();
-  if (thread < kWorkers) {
-    MultiplyStages<T, kRows, kStages, kCluster>(device, p);
-  } else if (device.Elect()) {
-    FillStages<kRows, kStages, kCluster>(device, p);
+  device.template SyncAll<(Tile::kCluster > 1)>();
+  StageLoader<Tile, Device> loader(device, p);
+  if (thread < Tile::kWorkers) {
+    if (!Tile::kHasLoader && thread < 32) {
+      if (device.Elect()) loader.Begin();
+      device.SyncWarp();
+    }
+    if (p.first == 0) {
+      device.WaitForPrevious();
+      if (!p.prefetch || p.followed) device.LetNextStart();
+    }
+    MultiplyStages<T, Tile>(device, p, loader);
+  } else if (Tile::kHasLoader && device.Elect()) {
+    loader.Begin();
+    while (loader.Left()) loader.Next();
   }
   device.SyncWarp();
-  if (kCluster == 1 && p.split > 1) {
+  if (Tile::kCluster == 1 && p.split > 1) {
     device.template SyncAll<true>();
-    if (thread < kWorkers) AddSums<T, kRows, kStages>(device, p);
+    if (thread < Tile::kWorkers) AddSums<T, Tile>(device, p);
     device.SyncWarp();
     device.template SyncAll<true>();  // no block leaves while others read its sums
   } else {
     // No block leaves while others send it x, or count on its barriers.
-    device.template SyncAll<(kCluster > 1)>();
+    device.template SyncAll<(Tile::kCluster > 1)>();
   }
   // Who waits for the second launch waits for the first one too.
   if (p.first > 0) device.WaitForPrevious();

@@ -15,6 +15,7 @@ namespace esparse::cuda {
 // How the work is cut. Zero chooses by the shape and the device.
 struct PrefillPlan {
   int32_t rows = 0;     // of x that a block multiplies at a time: 64, 128 or 256
+  int32_t outputs = 0;  // that it computes of them: 128, or with 128 rows and more 192
   int32_t cluster = 0;  // 1, or of 256 rows 2 blocks, of neighbouring outputs, share what they load
   int32_t group = 0;    // 1..64 tiles of rows that are walked together, for the second-level cache
   int32_t split = 0;    // 1, or if cluster is 1 up to 8 blocks multiply a part of the channels each
@@ -22,12 +23,12 @@ struct PrefillPlan {
 };
 
 // As it is handed over: its fields in their order.
-constexpr int kPrefillPlanFields = 5;
+constexpr int kPrefillPlanFields = 6;
 inline PrefillPlan PrefillPlanOf(const int32_t* fields) {
   static_assert(sizeof(PrefillPlan) == kPrefillPlanFields * sizeof(int32_t));
-  return {fields[0], fields[1], fields[2], fields[3], fields[4]};
+  return {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]};
 }
-constexpr int kMostSplit = 8, kMostGroup = 64;
+constexpr int kMostSplit = 8, kMostGroup = 64, kLeastOutputs = 128;
 
 // Whether a plan, its zeros among it, is one.
 bool IsPlan(const PrefillPlan& plan);
@@ -38,9 +39,9 @@ constexpr int PrefillResident(int rows) { return rows == 64 ? 2 : 1; }
 // What runs at once on a device.
 struct PrefillRoom {
   int multiprocessors;
-  // How many clusters of `blocks` blocks of so many rows. Groups of multiprocessors hold whole
-  // clusters, and differ in size, so this is less than their quotient.
-  std::function<int(int rows, int blocks)> clusters;
+  // How many clusters of `blocks` blocks of so many rows and outputs. Groups of multiprocessors
+  // hold whole clusters, and differ in size, so this is less than their quotient.
+  std::function<int(int rows, int outputs, int blocks)> clusters;
 };
 
 // The plan with its zeros filled in.

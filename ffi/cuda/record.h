@@ -136,6 +136,7 @@ struct Kernel {
   const void* cubin;
   size_t cubin_bytes;
   int grid, threads, shared;
+  int cluster = 0;  // blocks of one; 0 where there are none
 };
 
 // Adds a kernel to XLA's graph, or gives the one that is there new arguments.
@@ -153,7 +154,8 @@ inline ffi::Error AddOrUpdate(const Recorder& recorder, const Kernel& kernel,
   if (*frame.num_commands >= frame.max_commands) {
     return ffi::Error::Internal("XLA gives a recorded kernel no room for its command.");
   }
-  const LaunchDims dims = {{kernel.grid, 1, 1}, {kernel.threads, 1, 1}, {0, 0, 0}};
+  LaunchDims dims = {{kernel.grid, 1, 1}, {kernel.threads, 1, 1}, {}};
+  if (kernel.cluster > 0) dims.cluster = {kernel.cluster, 1, 1};
   const Command* command = nullptr;
   ESPARSE_RETURN_IF_ERROR(TakeError(
       recorder.ffi,

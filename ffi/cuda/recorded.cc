@@ -29,6 +29,7 @@ struct Target {
   XLA_FFI_Handler* record;
 };
 constexpr Target kTargets[] = {{kRecordedTarget, Decode24, RecordDecode24},
+                               {kRecordedPrefillTarget, Prefill24, RecordPrefill24},
                                {kRecordedAttendTarget, DecodeAttention, RecordDecodeAttention}};
 
 }  // namespace

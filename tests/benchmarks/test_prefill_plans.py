@@ -24,7 +24,7 @@ def test_every_plan_is_timed_and_the_rule_is_told_from_the_best(
 ):
     def time(*, plan, rows, copies, launches, **rest):
         assert launches == max(10, copies)
-        return 10.0 if plan[3] == 2 else 20.0  # where the channels are split by two
+        return 10.0 if plan[4] == 2 else 20.0  # where the channels are split by two
 
     monkeypatch.setattr(module, "this_machine", lambda: SimpleNamespace(capability="9.0"))
     monkeypatch.setattr(module, "ROTATED_BYTES", 1)
@@ -36,11 +36,14 @@ def test_every_plan_is_timed_and_the_rule_is_told_from_the_best(
         lines = list(csv.DictReader(opened))
     assert len(lines) == sum(1 + len(prefill_plans(rows)) for rows in (40, 100))
     assert lines[0] == {
-        "out": "128", "channels": "64", "rows_of_x": "40", "rows": "", "cluster": "", "group": "",
-        "split": "", "tail": "", "microseconds": "20.0",
+        "out": "128", "channels": "64", "rows_of_x": "40", "rows": "", "outputs": "", "cluster": "",
+        "group": "", "split": "", "tail": "", "microseconds": "20.0",
     }  # fmt: skip
     text = capsys.readouterr().out
-    assert "128x64    40 rows: rule    20.00, best    10.00 [rows 64, cluster 1, split 2]" in text
+    assert (
+        "128x64    40 rows: rule    20.00, best    10.00 [rows 64, outputs 128, cluster 1, split 2]"
+        in text
+    )
     assert "geometric mean: 2.0000, at most 2.000" in text
 
 

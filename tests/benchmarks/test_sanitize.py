@@ -230,14 +230,17 @@ def test_prompts_are_compared(module, monkeypatch):
 
     def product(x, data, *, out, plan):
         parted = "split" if plan["split"] > 1 else "tail" if plan.get("tail", 1) > 1 else ""
-        plans.append((plan["rows"], plan.get("cluster", 1), parted))
+        plans.append((plan["rows"], plan.get("outputs", 128), plan.get("cluster", 1), parted))
         weight = Blob24(data, (out, x.shape[1]), x.dtype)
         return sparse_matmul(x, weight, backend="reference")
 
     monkeypatch.setattr(module.ffi, "prefill", product)
-    assert module.prompts() == 22
-    alone = {(rows, 1, parted) for rows in (64, 128, 256) for parted in ("", "split", "tail")}
-    assert set(plans) == alone | {(256, 2, ""), (256, 2, "tail")}
+    assert module.prompts() == 36
+    parted = ((64, 128), (128, 128), (128, 192), (256, 128))
+    alone = {(*tile, 1, part) for tile in parted for part in ("", "split", "tail")}
+    wide = {(256, 192, 1, part) for part in ("", "split")}
+    shared = {(256, outputs, 2, part) for outputs in (128, 192) for part in ("", "tail")}
+    assert set(plans) == alone | wide | shared
     monkeypatch.setattr(module.ffi, "prefill", lambda *a, **k: product(*a, **k).at[599, 3].add(9))
     with pytest.raises(SystemExit, match=r"a prompt is .* from float64"):
         module.prompts()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 DECODE, ATTEND, OTHER = "esparse_decode_float16_1_1", "esparse_attend_float16_64_1_4", "_Z6Gatherv"
-PREFILL = "_ZN7esparse4cuda12_GLOBAL__N_113PrefillKernelI6__halfLi256ELi5ELi2EEEvv"
+PREFILL = "esparse_prefill_float16_256x128_shared"
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from esparse_jax.sparse.matmul import _log_untuned
 from esparse_jax.sparse.table import KernelTime, LibraryTime
 
 MATMUL, DECODE = "esparse_cusparselt_matmul_cuda_v1", "esparse_decode24_cuda_v4"
-PREFILL = "esparse_prefill24_cuda_v2"
+PREFILL = "esparse_prefill24_cuda_v3"
 H200 = Machine("NVIDIA H200", "9.0", "0.8.0")
 SHAPE = (64, 128)
 PLAN = {"tiles": 3, "warps": 4, "blocks": 2}
@@ -341,7 +341,7 @@ def test_the_prefill_kernel_is_taken_where_it_was_faster(h200, hopper, caplog, m
     with use_table(measured(4.0)):
         text = lowered_here(64)
         assert is_prefill(text)
-        assert "plan = dense<[256, 2, 0, 0, 0]>" in text
+        assert "plan = dense<[256, 0, 2, 0, 0, 0]>" in text
         assert is_prefill(lowered_here(33))  # the record is of 64 rows
         assert algorithm_of(lowered_here(64, algorithm=Algorithm(3))) == 3
     no_library = record(256)

@@ -21,17 +21,20 @@ needs_hopper = pytest.mark.skipif(
     jax.default_backend() != "gpu" or jax.devices()[0].compute_capability != "9.0",
     reason="JAX sees no GPU of compute capability 9.0",
 )
+TILES = [
+    {"rows": rows, "outputs": outputs, "cluster": cluster}
+    for rows, outputs, cluster in _ffi_cuda.PREFILL_TILES
+]
 PLANS = [
-    {"rows": rows, "cluster": cluster, "group": group, "split": 1, "tail": 1}
-    for (rows, cluster), group in itertools.product(((64, 1), (128, 1), (256, 1), (256, 2)), (1, 3))
+    tile | {"group": group, "split": 1, "tail": 1}
+    for tile, group in itertools.product(TILES, (1, 3))
 ]
 SPLIT = [
-    {"rows": rows, "split": split, "group": 3} for rows in (64, 128, 256) for split in (2, 3, 5, 8)
+    tile | {"split": split, "group": 3}
+    for tile, split in itertools.product(TILES, (2, 3, 5, 8))
+    if tile["cluster"] == 1
 ]
-TAILS = [
-    {"rows": rows, "cluster": cluster, "tail": tail}
-    for (rows, cluster), tail in itertools.product(((64, 1), (128, 1), (256, 1), (256, 2)), (2, 7))
-]
+TAILS = [tile | {"tail": tail} for tile, tail in itertools.product(TILES, (2, 7))]
 
 
 def prefill(x, blob: Blob24, **options):
@@ -47,18 +50,33 @@ def exact(x, blob: Blob24) -> np.ndarray:
 def test_a_plan_is_handed_over():
     text = lowered_for_cuda(functools.partial(prefill, plan={"group": 5, "rows": 128}),
                             random_x(40, 128), random_blob((64, 128)))  # fmt: skip
-    assert "esparse_prefill24_cuda_v2" in text
-    assert "plan = dense<[128, 0, 5, 0, 0]>" in text
+    assert "esparse_prefill24_cuda_v3" in text
+    assert "plan = dense<[128, 0, 0, 5, 0, 0]>" in text
+
+
+@needs_build
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("records", [False, True])
+def test_xla_records_it_where_it_records_calls(monkeypatch, records, prefetch):
+    monkeypatch.setattr(_ffi_cuda, "records_calls", lambda: records)
+    traced = jax.jit(functools.partial(prefill, prefetch=prefetch)).trace(
+        random_x(40, 128), random_blob((64, 128))
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("esparse_prefill24_recorded_v1" in text) is records
+    assert ("esparse_prefill24_cuda_v3" in text) is not records
+    assert f"prefetch = {str(prefetch).lower()}" in text
 
 
 @needs_build
 @pytest.mark.parametrize(("plan", "match"), [
     ({"rows": 32}, "rows of a plan is 32; it is one of 64, 128, 256, or left out"),
     ({"cluster": 3}, "cluster of a plan is 3; it is one of 1, 2, or left out"),
-    ({"cluster": 2, "split": 2}, "a cluster of 2 blocks has 256 rows and a split of 1"),
-    ({"cluster": 2, "rows": 128}, "a cluster of 2 blocks has 256 rows and a split of 1"),
+    ({"cluster": 2, "split": 2}, "a cluster of 2 blocks has a split of 1"),
+    ({"cluster": 2, "rows": 128}, "are one of 64 x 128 in 1, .*, 256 x 192 in 2; got"),
+    ({"rows": 64, "outputs": 192}, "are one of 64 x 128 in 1, .*, 256 x 192 in 2; got"),
     ({"split": 2, "tail": 2}, "the channels of all tiles or of its tail, not both"),
-    ({"tiles": 3}, r"the fields \('rows', 'cluster', 'group', 'split', 'tail'\); got \['tiles'\]"),
+    ({"tiles": 3}, r"the fields \('rows', 'outputs', .*, 'tail'\); got \['tiles'\]"),
 ])  # fmt: skip
 def test_mistakes_are_explained(plan, match):
     with pytest.raises(ValueError, match=match):
@@ -123,7 +141,7 @@ def test_split_channels_are_added_up(dtype, rows):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_the_last_tiles_are_split(dtype):
     """More tiles of each size than an H200 or H100 runs at once, and an odd number of blocks."""
-    blob, x = random_blob((8512, 832), dtype), random_x(500, 832, dtype)
+    blob, x = random_blob((8512, 832), dtype), random_x(800, 832, dtype)
     want = exact(x, blob)
     whole = np.asarray(prefill(x, blob, plan=PLANS[0]))
     for plan in TAILS:
@@ -204,3 +222,31 @@ def test_in_a_scan_it_is_captured():
     for data in blobs:
         want = _ffi_cuda.prefill(want, data, out=128) / 8
     np.testing.assert_array_equal(run(x, blobs), want)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@needs_build
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("plan", [{}, *PLANS[::2], *SPLIT[::4], *TAILS[::6]], ids=str)
+def test_it_waits_for_its_x_and_nothing_else_is_read_early(plan, prefetch):
+    """Each product of a loop reads what the one before wrote just then, or what XLA did to it."""
+    blobs = [random_blob((8512, 512)), random_blob((512, 8512), seed=1)]
+    x = random_x(200, 512)
+
+    @jax.jit
+    def run(x, data):
+        def turn(_, x):
+            wide = _ffi_cuda.prefill(x, data[0], out=8512, prefetch=prefetch, plan=plan)
+            return _ffi_cuda.prefill(wide, data[1], out=512, prefetch=prefetch, plan=plan) / 2
+
+        return jax.lax.fori_loop(0, 50, turn, x)
+
+    data = [blob.data for blob in blobs]
+    want = x
+    for _ in range(50):
+        for blob in blobs:
+            want = jax.block_until_ready(functools.partial(prefill, plan=plan)(want, blob))
+        want = want / 2
+    for _ in range(5):
+        np.testing.assert_array_equal(run(x, data), want)

@@ -13,6 +13,7 @@ from esparse_jax.sparse import compressed24_of, decompress24
 from esparse_jax.sparse._ffi_cuda import PREFILL_PLAN_VALUES, require_prefill_plan
 
 NO_INSTANCE = 1
+WIDE = {"tile": 256, "outputs": 192, "stages": 4}  # one of those that multiply loads as well
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +26,8 @@ def on_host(tmp_path_factory):
     return ctypes.CDLL(str(file))
 
 
-def _run(on_host, x, blob, *, tile=128, stages=4, cluster=1, group=2, teams=1, split=1, tail=1,
-         late=(0, 0)):  # fmt: skip
+def _run(on_host, x, blob, *, tile=128, outputs=128, stages=4, cluster=1, group=2, teams=1,
+         split=1, tail=1, late=(0, 0), prefetch=False):  # fmt: skip
     """The status, and what the kernel wrote. `late`: whether copies and products take place when
     they are waited for; else when they are asked for. `teams`: that run at once.
     """
@@ -37,10 +38,10 @@ def _run(on_host, x, blob, *, tile=128, stages=4, cluster=1, group=2, teams=1, s
     def pointer(array):
         return array.ctypes.data_as(ctypes.c_void_p)
 
-    plan = (ctypes.c_int32 * 5)(tile, cluster, group, split, tail)
+    plan = (ctypes.c_int32 * 6)(tile, outputs, cluster, group, split, tail)
     status = on_host.esparse_prefill_on_host(
         int(x.dtype == jnp.bfloat16), *map(ctypes.c_int64, (rows, out, channels)), plan, stages,
-        teams, *late, int(any(late)), *map(pointer, (data, x_bytes, y)),
+        teams, *late, int(any(late)), int(prefetch), *map(pointer, (data, x_bytes, y)),
     )  # fmt: skip
     assert np.isnan(y[rows:].astype(np.float32)).all()
     return status, y[:rows]
@@ -74,6 +75,15 @@ def _exact(x, blob) -> np.ndarray:
     # 6 of clusters, the last of which has a block without outputs.
     (300, (320, 192), {"cluster": 2, "teams": 5, "tail": 2}),
     (300, (576, 128), {"tile": 256, "stages": 5, "cluster": 2, "teams": 4, "tail": 2}),
+    # More outputs: a last block with those of one warpgroup, or of two, and one without.
+    (150, (448, 192), {"outputs": 192, "stages": 6, "teams": 2}),
+    (40, (192, 512), {"outputs": 192, "stages": 6, "split": 3}),
+    (300, (320, 192), WIDE | {"teams": 3}),  # fewer stages than there is room for
+    (300, (320, 576), WIDE | {"group": 1}),  # and many more
+    (20, (320, 576), WIDE | {"split": 2}),
+    (300, (576, 384), WIDE | {"cluster": 2}),
+    (300, (640, 64), WIDE | {"teams": 3}),
+    (300, (1088, 320), WIDE | {"cluster": 2, "teams": 4, "tail": 2}),
 ])  # fmt: skip
 def test_the_kernels_source_computes_the_product(on_host, rows, shape, plan, dtype, late):
     blob, x = random_blob(shape, dtype), random_x(rows, shape[1], dtype)
@@ -82,33 +92,60 @@ def test_the_kernels_source_computes_the_product(on_host, rows, shape, plan, dty
     assert relative(got, _exact(x, blob)) < 1.5 * rounding(dtype)
 
 
+@pytest.mark.parametrize("late", [(0, 0), (1, 1)])
+@pytest.mark.parametrize(("rows", "shape", "plan"), [
+    (40, (128, 128), {}),  # fewer stages than there is room for
+    (300, (192, 448), {"teams": 2, "group": 1}),
+    (300, (192, 320), {"tile": 256, "stages": 5, "cluster": 2}),
+    (17, (192, 448), {"tile": 64, "stages": 5, "split": 3}),
+    (300, (320, 192), {"teams": 4, "tail": 2}),
+    (300, (576, 320), WIDE | {"cluster": 2, "teams": 2}),
+    (300, (320, 64), WIDE | {"teams": 2}),
+])  # fmt: skip
+def test_the_weight_may_come_before_the_kernel_before_has_ended(on_host, rows, shape, plan, late):
+    blob, x = random_blob(shape), random_x(rows, shape[1])
+    _, want = _run(on_host, x, blob, **plan)
+    status, got = _run(on_host, x, blob, **plan, late=late, prefetch=True)
+    assert status == 0
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize(("rows", "shape", "plan", "want"), [
-    # rows, cluster, group, split, tail; teams of both launches, and where the second one begins
-    (1024, (12288, 4096), {}, (256, 2, 8, 1, 1, 66, 0, 0)),  # 192 clusters leave 60: too many
-    (1024, (5376, 14336), {}, (256, 2, 8, 1, 3, 66, 36, 132)),
-    (1024, (22016, 4096), {}, (256, 2, 8, 1, 4, 66, 28, 660)),
-    (1024, (22016, 4096), {"tail": 1}, (256, 2, 8, 1, 1, 66, 0, 0)),
-    (1024, (22016, 4096), {"cluster": 1}, (256, 1, 8, 1, 4, 132, 28, 660)),
-    (512, (12288, 4096), {}, (256, 1, 8, 1, 2, 132, 60, 132)),
-    (128, (22016, 4096), {}, (128, 1, 8, 1, 2, 132, 40, 132)),  # 40 clusters of 3 find no place
-    (256, (22016, 1024), {}, (256, 1, 8, 1, 1, 132, 0, 0)),  # too short to gain by it
-    (16, (28672, 8192), {}, (64, 1, 8, 1, 1, 224, 0, 0)),  # two blocks a multiprocessor
-    (16, (34816, 8192), {}, (64, 1, 8, 1, 4, 264, 8, 264)),
-    (1024, (4096, 4096), {}, (256, 2, 8, 1, 1, 64, 0, 0)),  # fewer tiles than blocks
-    (128, (4096, 4096), {}, (128, 1, 8, 3, 1, 32, 0, 0)),
-    (128, (4096, 4096), {"tail": 4}, (128, 1, 8, 1, 4, 32, 0, 0)),
+    # rows, outputs, cluster, group, split, tail; teams of both launches, where the second begins
+    (1024, (12288, 4096), {}, (256, 192, 2, 8, 1, 1, 66, 0, 0)),  # 128 clusters leave 62: too many
+    (1024, (12288, 4096), {"outputs": 128}, (256, 128, 2, 8, 1, 1, 66, 0, 0)),
+    (1024, (5376, 14336), {}, (256, 128, 2, 8, 1, 3, 66, 36, 132)),
+    (1024, (5376, 14336), {"outputs": 192}, (256, 192, 2, 8, 1, 1, 56, 0, 0)),  # in one round
+    (1024, (7168, 14336), {}, (256, 192, 2, 8, 1, 4, 66, 20, 132)),
+    (1024, (22016, 4096), {"outputs": 128}, (256, 128, 2, 8, 1, 4, 66, 28, 660)),
+    (1024, (22016, 4096), {"outputs": 128, "tail": 1}, (256, 128, 2, 8, 1, 1, 66, 0, 0)),
+    (1024, (22016, 4096), {"outputs": 128, "cluster": 1}, (256, 128, 1, 8, 1, 4, 132, 28, 660)),
+    (512, (12288, 4096), {}, (256, 192, 1, 8, 1, 1, 128, 0, 0)),
+    (512, (12288, 4096), {"outputs": 128}, (256, 128, 1, 8, 1, 2, 132, 60, 132)),
+    (128, (22016, 4096), {}, (128, 192, 1, 8, 1, 1, 115, 0, 0)),
+    # 40 clusters of 3 find no place.
+    (128, (22016, 4096), {"outputs": 128}, (128, 128, 1, 8, 1, 2, 132, 40, 132)),
+    # Too short to gain by a second launch.
+    (256, (22016, 1024), {"outputs": 128}, (256, 128, 1, 8, 1, 1, 132, 0, 0)),
+    (16, (28672, 8192), {}, (64, 128, 1, 8, 1, 1, 224, 0, 0)),  # two blocks a multiprocessor
+    (16, (28672, 8192), {"outputs": 192}, (128, 192, 1, 8, 1, 4, 132, 18, 132)),
+    (16, (34816, 8192), {}, (64, 128, 1, 8, 1, 4, 264, 8, 264)),
+    (1024, (4096, 4096), {}, (256, 128, 2, 8, 1, 1, 64, 0, 0)),  # fewer tiles than blocks
+    (128, (4096, 4096), {}, (128, 128, 1, 8, 3, 1, 32, 0, 0)),
+    (128, (4096, 4096), {"outputs": 192}, (128, 192, 1, 8, 4, 1, 22, 0, 0)),
+    (128, (4096, 4096), {"outputs": 128, "tail": 4}, (128, 128, 1, 8, 1, 4, 32, 0, 0)),
 ])  # fmt: skip
 def test_the_work_is_cut_for_all_multiprocessors(on_host, rows, shape, plan, want):
-    fields = ("rows", "cluster", "group", "split", "tail")
-    given = (ctypes.c_int32 * 5)(*(plan.get(field, 0) for field in fields))
-    clusters, result = (ctypes.c_int32 * 3)(66, 38, 30), (ctypes.c_int32 * 8)()
+    given = (ctypes.c_int32 * 6)(*(plan.get(field, 0) for field in PREFILL_PLAN_VALUES))
+    clusters, result = (ctypes.c_int32 * 3)(66, 38, 30), (ctypes.c_int32 * 9)()
     sizes = map(ctypes.c_int64, (rows, *shape))
     on_host.esparse_prefill_cut(*sizes, given, 132, clusters, result)
     assert tuple(result) == want
 
 
 def test_what_a_plan_is_both_sides_agree_on(on_host):
-    values = ((0, 64, 96, 128, 256), (0, 1, 2, 3), (0, 1, 64, 65), (0, 1, 2, 8, 9), (0, 1, 2, 8, 9))
+    values = ((0, 64, 96, 128, 256), (0, 64, 128, 192, 256), (0, 1, 2, 3), (0, 1, 64, 65),
+              (0, 1, 2, 8, 9), (0, 1, 2, 8, 9))  # fmt: skip
     for plan in itertools.product(*values):
         fields = {
             name: value for name, value in zip(PREFILL_PLAN_VALUES, plan, strict=True) if value
@@ -118,7 +155,7 @@ def test_what_a_plan_is_both_sides_agree_on(on_host):
             allowed = True
         except ValueError:
             allowed = False
-        given = (ctypes.c_int32 * 5)(*plan)
+        given = (ctypes.c_int32 * 6)(*plan)
         assert bool(on_host.esparse_prefill_is_plan(given)) is allowed, fields
 
 

@@ -86,6 +86,7 @@ struct Warpgroup {
 
 // What the blocks of a cluster have in common, beside their memory.
 struct Hopper {
+  PrefillArgs args;
   Asynchronous copying, multiplying;
   Matrix values, x, indices, y;
   std::map<std::pair<int, uint32_t>, Barrier> barriers;  // by rank and address
@@ -109,11 +110,20 @@ class Host {
   int Blocks() const { return blocks_; }
   int Rank() const { return fiber_.Rank(); }
   uint32_t Shared() const { return 0; }
-  void LetNextStart() { hopper_->let_next_start = true; }
-  void WaitForPrevious() { ++hopper_->waited; }
+  // Who lets the next kernel start has seen the one before end, or requests W alone until then.
+  void LetNextStart() {
+    const bool early = hopper_->args.prefetch && !hopper_->args.followed;
+    if (!early && !waited_) hopper_->outside = true;
+    hopper_->let_next_start = true;
+  }
+  void WaitForPrevious() {
+    waited_ = true;
+    ++hopper_->waited;
+  }
   bool Elect() const { return fiber_.Lane() == 0; }
   void SyncWarp() { fiber_.SyncWarp(); }
   void SyncGroup(int group) { fiber_.Meet(&GroupOf(group).meeting); }
+  template <int kWorkers>
   void SyncWorkers() {
     fiber_.Meet(&hopper_->workers.try_emplace(Rank(), Meeting{kWorkers}).first->second);
   }
@@ -134,8 +144,9 @@ class Host {
   void PrefetchDescriptions() const {}
   void ArriveAndExpect(uint32_t barrier, uint32_t bytes) {
     BarrierOf(Rank(), barrier).bytes += bytes;
-    ArriveAt(barrier, Rank());
+    Arrive(barrier);
   }
+  void Arrive(uint32_t barrier) { ArriveAt(barrier, Rank()); }
   void ArriveAt(uint32_t barrier, int rank) {
     Barrier& there = BarrierOf(rank, barrier);
     if (--there.left < 0 || fiber_.HasEnded(rank)) hopper_->outside = true;
@@ -158,18 +169,22 @@ class Host {
   }
 
   void CopyValues(uint32_t to, int column, int row, uint32_t barrier) {
+    MayBegin(hopper_->args.prefetch);
     Request(Box(Rank(), to, barrier, hopper_->values, row, column));
   }
   template <int kCluster>
   void CopyX(uint32_t to, int column, int row, uint32_t barrier) {
+    MayBegin(false);
     for (int rank = 0; rank < kCluster; ++rank) {
       Request(Box(kCluster > 1 ? rank : Rank(), to, barrier, hopper_->x, row, column));
     }
   }
   void CopyIndices(uint32_t to, int column, int row, uint32_t barrier) {
+    MayBegin(hopper_->args.prefetch);
     Request(Box(Rank(), to, barrier, hopper_->indices, row, column));
   }
   void StoreY(int column, int row, uint32_t from) {
+    MayBegin(false);
     stores_.push_back({from, row, column});
     if (hopper_->copying == Asynchronous::kEarly) FinishStores(0);
   }
@@ -195,6 +210,7 @@ class Host {
     }
   }
   void Store16(uint16_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    MayBegin(false);
     const uint32_t all[] = {a, b, c, d};
     const int64_t at = to - hopper_->y.data;
     if (at < 0 || at % 8 != 0 || at + 8 > hopper_->y.rows * hopper_->y.columns) {
@@ -268,6 +284,12 @@ class Host {
     uint32_t from;
     int row, column;
   };
+
+  // What is asked for before the kernel before has ended. The second launch starts when the first
+  // one has seen that.
+  void MayBegin(bool early) {
+    if (!early && !waited_ && hopper_->args.first == 0) hopper_->outside = true;
+  }
 
   Barrier& BarrierOf(int rank, uint32_t address) {
     const auto found = hopper_->barriers.find({rank, address});
@@ -377,6 +399,7 @@ class Host {
   Fiber& fiber_;
   Hopper* hopper_;
   int blocks_;
+  bool waited_ = false;
   int64_t issued_ = 0, finished_ = 0;
   std::deque<int64_t> groups_;
   std::deque<Store> stores_;
@@ -391,76 +414,81 @@ struct Job {
   PrefillPlan plan;
   int teams_at_once;
   Asynchronous copying, multiplying;
-  bool uneven;
+  bool uneven, prefetch;
 };
 
 // One launch, a cluster after the other. They share nothing but what they read.
-template <typename T, int kRows, int kStages, int kCluster>
+template <typename T, typename Tile>
 Outcome RunLaunch(const Job& job, const PrefillArgs& args, int teams, std::vector<bool>* written) {
   const Product& product = job.product;
-  const int team = kCluster * args.split;
+  const int team = Tile::kCluster * args.split;
   const auto matrix = [](void* data, int64_t rows, int64_t columns, int box_rows, int box_columns,
                          Swizzle swizzle) {
     return Matrix{static_cast<uint16_t*>(data), rows, columns, box_rows, box_columns, swizzle};
   };
   for (int c = 0; c < teams; ++c) {
     Hopper hopper = {};
+    hopper.args = args;
     hopper.written = written;
     hopper.copying = job.copying;
     hopper.multiplying = job.multiplying;
     void* const blob = const_cast<void*>(product.blob);
-    hopper.values = matrix(blob, product.out, product.channels / 2, kBlockOutputs,
+    hopper.values = matrix(blob, product.out, product.channels / 2, Tile::kOutputs,
                            kStageChannels / 2, Swizzle::k64Bytes);
     hopper.x = matrix(const_cast<void*>(product.x), product.rows, product.channels, args.x_rows,
                       kStageChannels, Swizzle::k128Bytes);
-    constexpr int kIndexNumbers = PrefillLayout<kRows, kStages>::kIndexBytes / 2;
+    constexpr int kIndexNumbers = Tile::kIndexBytes / 2;
     hopper.indices =
         matrix(static_cast<uint8_t*>(blob) + product.out * product.channels,
                product.out / kGroupOutputs, product.channels / kStageChannels * kIndexNumbers,
-               kBlockOutputs / kGroupOutputs, kIndexNumbers, Swizzle::kNone);
+               Tile::kGroups, kIndexNumbers, Swizzle::kNone);
     hopper.y =
         matrix(product.y, product.rows, product.out, kStoreRows, kGroupOutputs, Swizzle::k128Bytes);
     const auto body = [&](Fiber& fiber) {
       Host<T> host(fiber, &hopper, teams * team);
-      Prefill<T, kRows, kStages, kCluster>(host, args);
+      Prefill<T, Tile>(host, args);
     };
-    const Cluster cluster = {
-        team, kPrefillThreads, static_cast<size_t>(PrefillLayout<kRows, kStages>::kBytes), nullptr,
-        body, job.uneven};
+    const Cluster cluster = {team,    Tile::kThreads, static_cast<size_t>(Tile::kBytes),
+                             nullptr, body,           job.uneven};
     if (!Running(cluster, c * team).ToTheEnd()) return kEndless;
     if (hopper.outside || !hopper.copies.empty()) return kOutside;
-    // Only who is followed may let the next kernel start, and only the second launch waits, in all
-    // its threads.
-    if (hopper.let_next_start != args.followed) return kOutside;
-    if (hopper.waited != (args.first > 0 ? team * kPrefillThreads : 0)) return kOutside;
+    // The second launch lets nobody start before its end, and all its threads wait for the first.
+    if (hopper.let_next_start != (args.first == 0)) return kOutside;
+    const int waiting = args.first > 0 ? Tile::kThreads : Tile::kWorkers + 1;
+    if (hopper.waited != team * waiting) return kOutside;
   }
   return kDone;
 }
 
-template <typename T, int kRows, int kStages, int kCluster>
+template <typename T, typename Tile>
 Outcome RunGrid(const Job& job) {
-  const PrefillCut cut = CutPrefill(job.product, job.plan, job.teams_at_once);
+  PrefillCut cut = CutPrefill(job.product, job.plan, job.teams_at_once);
+  cut.args.prefetch = job.prefetch;
   std::vector<bool> written(job.product.rows * job.product.out);
-  const Outcome outcome =
-      RunLaunch<T, kRows, kStages, kCluster>(job, cut.args, cut.teams, &written);
+  const Outcome outcome = RunLaunch<T, Tile>(job, cut.args, cut.teams, &written);
   if (outcome != kDone || cut.tail_teams == 0) return outcome;
-  return RunLaunch<T, kRows, kStages, 1>(job, cut.tail, cut.tail_teams, &written);
+  using Alone = PrefillTile<Tile::kRows, Tile::kGroups, Tile::kStages, 1>;
+  return RunLaunch<T, Alone>(job, cut.tail, cut.tail_teams, &written);
 }
 
 template <typename T>
 Outcome RunInstance(const Job& job, int stages) {
-  const auto is = [&](int of_rows, int of_stages, int of_cluster) {
-    return job.plan.rows == of_rows && stages == of_stages && job.plan.cluster == of_cluster;
+  const auto is = [&](int of_rows, int of_outputs, int of_stages, int of_cluster) {
+    return job.plan.rows == of_rows && job.plan.outputs == of_outputs && stages == of_stages &&
+           job.plan.cluster == of_cluster;
   };
   // As the GPU has them.
-  if (is(64, 5, 1)) return RunGrid<T, 64, 5, 1>(job);
-  if (is(128, 8, 1)) return RunGrid<T, 128, 8, 1>(job);
-  if (is(256, 5, 1)) return RunGrid<T, 256, 5, 1>(job);
-  if (is(256, 5, 2)) return RunGrid<T, 256, 5, 2>(job);
+  if (is(64, 128, 5, 1)) return RunGrid<T, PrefillTile<64, 2, 5, 1>>(job);
+  if (is(128, 128, 8, 1)) return RunGrid<T, PrefillTile<128, 2, 8, 1>>(job);
+  if (is(128, 192, 6, 1)) return RunGrid<T, PrefillTile<128, 3, 6, 1>>(job);
+  if (is(256, 128, 5, 1)) return RunGrid<T, PrefillTile<256, 2, 5, 1>>(job);
+  if (is(256, 128, 5, 2)) return RunGrid<T, PrefillTile<256, 2, 5, 2>>(job);
+  if (is(256, 192, 4, 1)) return RunGrid<T, PrefillTile<256, 3, 4, 1>>(job);
+  if (is(256, 192, 4, 2)) return RunGrid<T, PrefillTile<256, 3, 4, 2>>(job);
   // With hardly any stages, and with many blocks.
-  if (is(128, 4, 1)) return RunGrid<T, 128, 4, 1>(job);
-  if (is(128, 4, 2)) return RunGrid<T, 128, 4, 2>(job);
-  if (is(128, 4, 4)) return RunGrid<T, 128, 4, 4>(job);
+  if (is(128, 128, 4, 1)) return RunGrid<T, PrefillTile<128, 2, 4, 1>>(job);
+  if (is(128, 128, 4, 2)) return RunGrid<T, PrefillTile<128, 2, 4, 2>>(job);
+  if (is(128, 128, 4, 4)) return RunGrid<T, PrefillTile<128, 2, 4, 4>>(job);
   return kNoInstance;
 }
 
@@ -472,8 +500,8 @@ Outcome RunInstance(const Job& job, int stages) {
 // the fields of PrefillPlan, complete.
 extern "C" __attribute__((visibility("default"))) int esparse_prefill_on_host(
     int bfloat16, int64_t rows, int64_t out, int64_t channels, const int32_t* plan, int stages,
-    int teams_at_once, int late_copies, int late_products, int uneven, void* blob, void* x,
-    void* y) {
+    int teams_at_once, int late_copies, int late_products, int uneven, int prefetch, void* blob,
+    void* x, void* y) {
   using namespace esparse::cuda;
   const auto when = [](int late) { return late ? Asynchronous::kLate : Asynchronous::kEarly; };
   Product product = {};
@@ -484,7 +512,8 @@ extern "C" __attribute__((visibility("default"))) int esparse_prefill_on_host(
   product.out = out;
   product.channels = channels;
   const Job job = {product,           PrefillPlanOf(plan), teams_at_once,
-                   when(late_copies), when(late_products), uneven != 0};
+                   when(late_copies), when(late_products), uneven != 0,
+                   prefetch != 0};
   return bfloat16 ? RunInstance<Bfloat16>(job, stages) : RunInstance<_Float16>(job, stages);
 }
 
@@ -503,12 +532,12 @@ extern "C" __attribute__((visibility("default"))) void esparse_prefill_cut(
   product.rows = rows;
   product.out = out;
   product.channels = channels;
-  const PrefillRoom room = {multiprocessors, [&](int of_rows, int blocks) {
+  const PrefillRoom room = {multiprocessors, [&](int of_rows, int, int blocks) {
                               return clusters[blocks - 2] * PrefillResident(of_rows);
                             }};
   const PrefillPlan done = CompletePlan(product, PrefillPlanOf(plan), room);
   const PrefillCut cut = CutPrefill(product, done, TeamsAtOnce(done, room));
-  const int32_t all[] = {done.rows, done.cluster, done.group,     done.split,
+  const int32_t all[] = {done.rows, done.outputs, done.cluster,   done.group,    done.split,
                          done.tail, cut.teams,    cut.tail_teams, cut.tail.first};
   std::copy(std::begin(all), std::end(all), result);
 }
