@@ -23,6 +23,9 @@ after the other.
 - `ratio`: the fastest dense product over `dispatch`.
 - `error`: of `dispatch`, relative to float32.
 
+Each column multiplies for `--warm` seconds before it is timed: else the first of a line would be
+timed before the power limit has lowered the clock, and those behind it after.
+
 The table is this machine's own, from `esparse tune`, or `--table FILE`. A run that comes to its
 `--seconds`, or is stopped, has its figures in the JSON file.
 """
@@ -38,6 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +99,8 @@ class Options:
     table: Path | None = None
     """Tuning table to use; the machine's own if not given."""
     batches: int = 7
+    warm: float = 0.3
+    """Seconds that a column multiplies before it is timed, to have the clock of a long run."""
     seconds: float | None = None
     """Begin nothing that would not end in this time, by the slowest number of rows so far."""
     json: Path | None = None
@@ -163,6 +169,11 @@ def wanted_shapes(names: tuple[str, ...]) -> list[tuple[int, int]]:
     return list(dict.fromkeys(shapes))
 
 
+def timing(options: Options) -> dict[str, Any]:
+    """How a column is timed."""
+    return {"batches": options.batches, "warm_seconds": options.warm}
+
+
 def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     """The product with a dense weight [out, channel]."""
     return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
@@ -191,10 +202,12 @@ def decode_chain(
         y = compiled(xs, blobs, y)
         return y
 
-    return lambda: seconds(call, batches=options.batches) / len(xs) * 1e6
+    return lambda: seconds(call, **timing(options)) / len(xs) * 1e6
 
 
-def torch_times(xs: list[jax.Array], copies: list[jax.Array]) -> dict[str, float]:
+def torch_times(
+    xs: list[jax.Array], copies: list[jax.Array], warm_seconds: float
+) -> dict[str, float]:
     """Microseconds by cuBLAS and cuBLASLt, each in both orders of the operands.
 
     Of the very arrays that XLA multiplies: zeros take less power, so a large product of other
@@ -217,16 +230,23 @@ def torch_times(xs: list[jax.Array], copies: list[jax.Array]) -> dict[str, float
             with torch.cuda.graph(graph):
                 for i in range(count):
                     multiply(xs[i // copies], weights[i % copies])
-            times, replays = [], max(1, math.ceil(1e4 / (estimate(rows, (out, channels)) * count)))
-            for _ in range(9):
+            replays = max(1, math.ceil(1e4 / (estimate(rows, (out, channels)) * count)))
+
+            def milliseconds(graph=graph, replays=replays) -> float:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 for _ in range(replays):  # queued, so that the GPU never waits for the host
                     graph.replay()
                 end.record()
                 end.synchronize()
-                times.append(start.elapsed_time(end) * 1e3 / (count * replays))
-            found[f"{library}, {order}"] = statistics.median(times[2:])
+                return start.elapsed_time(end)
+
+            milliseconds()
+            warm = 0.0
+            while warm < 1e3 * warm_seconds:
+                warm += milliseconds()
+            usual = statistics.median([milliseconds() for _ in range(7)])
+            found[f"{library}, {order}"] = usual * 1e3 / (count * replays)
             del graph
     torch.backends.cuda.preferred_blas_library("default")
     del xs, weights
@@ -277,7 +297,7 @@ def measure(
     def chained(product: Callable, copies: list) -> Callable[[], float]:
         xs = inputs(chain_inputs(rows, weights.shape, len(copies)))
         chain = Chain(product, xs, copies, microseconds=estimate(rows, weights.shape))
-        return partial(chain.microseconds, batches=options.batches)
+        return partial(chain.microseconds, **timing(options))
 
     (x,) = inputs(1)
     exact = exact_product(x, weights.weight)
@@ -299,7 +319,7 @@ def measure(
 
     def by_torch() -> float:
         xs = inputs(chain_inputs(rows, weights.shape, len(dense_copies)))
-        line.torch = torch_times(xs, dense_copies)
+        line.torch = torch_times(xs, dense_copies, options.warm)
         return min(line.torch.values())
 
     def compiled(column: str) -> Callable[[], float] | None:

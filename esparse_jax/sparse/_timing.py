@@ -171,27 +171,44 @@ class Chain:
         self._results = self._compiled(*self._arguments, self._results)
         return self._results
 
-    def microseconds(self, batches: int = 5, least_seconds: float = 0.01) -> float:
+    def microseconds(
+        self, batches: int = 5, least_seconds: float = 0.01, warm_seconds: float = 0.0
+    ) -> float:
         """Of a product: the median over batches of queued chains, each of `least_seconds`."""
-        return (
-            1e6 * seconds(self.call, batches=batches, least_seconds=least_seconds) / self.products
-        )
+        return 1e6 / self.products * seconds(
+            self.call, batches=batches, least_seconds=least_seconds, warm_seconds=warm_seconds
+        )  # fmt: skip
 
 
-def seconds(call: Callable[[], object], *, batches: int = 7, least_seconds: float = 0.01) -> float:
-    """Of one of several queued calls: the median over batches, each of `least_seconds` at least."""
+def seconds(
+    call: Callable[[], object],
+    *,
+    batches: int = 7,
+    least_seconds: float = 0.01,
+    warm_seconds: float = 0.0,
+) -> float:
+    """Of one of several queued calls: the median over batches, each of `least_seconds` at least.
+
+    Args:
+        warm_seconds: Calls follow each other for so long before they are timed. At the power limit
+            a GPU's clock falls within some tenths of a second, and how far depends on the calls.
+    """
     jax.block_until_ready(call())
     start = time.perf_counter()
     jax.block_until_ready(call())
     repeats = math.ceil(least_seconds / (time.perf_counter() - start))
-    times = []
-    for _ in range(batches):
+
+    def batch() -> float:
         start, result = time.perf_counter(), None
         for _ in range(repeats):
             result = call()
         jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / repeats)
-    return statistics.median(times)
+        return time.perf_counter() - start
+
+    warm = 0.0
+    while warm < warm_seconds:
+        warm += batch()
+    return statistics.median([batch() / repeats for _ in range(batches)])
 
 
 def copy_bandwidth() -> float:

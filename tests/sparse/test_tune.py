@@ -30,7 +30,7 @@ from esparse_jax.sparse import (
 )
 from esparse_jax.sparse import _tune_worker as worker_file
 from esparse_jax.sparse import tune as tune_file
-from esparse_jax.sparse._timing import Chain, chain_rotation, random_24, rotation
+from esparse_jax.sparse._timing import Chain, chain_rotation, random_24, rotation, seconds
 from esparse_jax.sparse._tune_worker import Bench
 from esparse_jax.sparse.compress import check24, compress24
 from esparse_jax.sparse.table import KernelTime, LibraryTime
@@ -569,6 +569,21 @@ def test_a_chain_runs_every_product(inputs, weights):
     jax.block_until_ready(chain.call())
     assert len(calls) == chain.products == inputs * weights
     assert chain.microseconds(batches=3, least_seconds=1e-4) > 0
+
+
+def test_a_long_run_comes_before_what_is_timed():
+    calls = []
+
+    def call():
+        calls.append(time.perf_counter())
+        time.sleep(0.001)
+        return jnp.zeros(())
+
+    seconds(call, batches=1, least_seconds=1e-6, warm_seconds=0.05)
+    assert calls[-1] - calls[2] > 0.04
+    calls.clear()
+    seconds(call, batches=1, least_seconds=1e-6)
+    assert len(calls) == 3
 
 
 def test_rotation_leaves_the_caches_behind():
