@@ -2,7 +2,7 @@
 // those of a GPU, testing/prefill_on_host.cc those of a test without one. Each also sees to `min`
 // and `max`. Addresses of shared memory are numbers.
 //
-// The blob is read as it lies (see decode_kernel.h). A block has two to four warpgroups and
+// The blob is read as it lies (see decode_kernel.h). A block has two or three warpgroups and
 // computes 64 outputs for each x kRows rows of x, 64 channels at a stage:
 //
 //   values    rows of 64 bytes, 32 values each        a tensor copy, strewn in 64 bytes
@@ -236,7 +236,7 @@ ESPARSE_DEVICE void AddSums(Device& device, const PrefillArgs& p) {
 }
 
 // Multiplies all stages of all tiles of a block, and writes y or leaves the sums of its only tile
-// for the cluster: two warpgroups.
+// for the cluster: all warpgroups.
 template <typename T, typename Tile, typename Device>
 ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p,
                                    StageLoader<Tile, Device>& loader) {
