@@ -1,6 +1,6 @@
 """Table 5 on an NVIDIA GPU: the 2:4 product against dense, for decoding and for whole prompts.
 
-    python benchmarks/gemm.py --json gemm.json                  # everything; two hours
+    python benchmarks/gemm.py --json gemm.json                  # everything; two hours and a half
     python benchmarks/gemm.py --shapes table-5 --rows 16 16384 --dtypes float16
     python benchmarks/gemm.py --shapes 4096x4096 --columns xla dispatch --seconds 500
 
