@@ -58,7 +58,7 @@ _BEHIND = 1.1
 _ROUNDINGS = 8
 _WRONG, _NOT_TRIED = "wrong numbers", "not tried, since others like it failed"
 # Tiles of rows of the prefill kernel, and for how many rows each may be the best.
-_PREFILL_TILES = ((64, 0, 128), (128, 64, 1024), (256, 128, math.inf))
+_FITTING_ROWS = ((64, 0, 128), (128, 64, 1024), (256, 128, math.inf))
 # Below so many outputs, segment-K was reported to hang on Hopper (vllmbench, cuSPARSELt 0.7.1).
 _SEGMENT_K_OUT = 400
 
@@ -144,7 +144,7 @@ def prefill_plans(rows: int) -> list[dict[str, int]]:
     where there may be fewer tiles than multiprocessors, or few more, and those of the last tiles
     where these may be a good part of all.
     """
-    fitting = {tile for tile, least, most in _PREFILL_TILES if least < rows <= most}
+    fitting = {tile for tile, least, most in _FITTING_ROWS if least < rows <= most}
     groups = (4, 8, 16) if rows > 2048 else ()
     tails = (1, 2, 4) if rows <= 4096 else ()
     plans = []
