@@ -25,15 +25,14 @@ namespace {
   DO(NAME##_256x192_shared, T, 256, 192, 4, 2)
 
 // A name in C, so that a cubin has it as well.
-#define ESPARSE_PREFILL(NAME, T, ROWS, OUTPUTS, STAGES, CLUSTER)                               \
-  extern "C" __global__ void __launch_bounds__(PrefillThreads(ROWS, OUTPUTS),                  \
-                                               PrefillResident(ROWS))                          \
-      NAME(const __grid_constant__ CUtensorMap values, const __grid_constant__ CUtensorMap x,  \
-           const __grid_constant__ CUtensorMap indices, const __grid_constant__ CUtensorMap y, \
-           const PrefillArgs p) {                                                              \
-    extern __shared__ uint8_t shared[];                                                        \
-    PrefillGpu device(shared, &values, &x, &indices, &y);                                      \
-    Prefill<T, PrefillTile<ROWS, OUTPUTS / kGroupOutputs, STAGES, CLUSTER>>(device, p);        \
+#define ESPARSE_PREFILL(NAME, T, ROWS, OUTPUTS, STAGES, CLUSTER)                              \
+  extern "C" __global__ void __launch_bounds__(PrefillThreads(ROWS, OUTPUTS),                 \
+                                               PrefillResident(ROWS))                         \
+      NAME(const __grid_constant__ CUtensorMap values, const __grid_constant__ CUtensorMap x, \
+           const __grid_constant__ CUtensorMap indices, const PrefillArgs p) {                \
+    extern __shared__ uint8_t shared[];                                                       \
+    PrefillGpu device(shared, &values, &x, &indices);                                         \
+    Prefill<T, PrefillTile<ROWS, OUTPUTS / kGroupOutputs, STAGES, CLUSTER>>(device, p);       \
   }
 ESPARSE_PREFILL_TILES(ESPARSE_PREFILL, esparse_prefill_float16, __half)
 ESPARSE_PREFILL_TILES(ESPARSE_PREFILL, esparse_prefill_bfloat16, __nv_bfloat16)
@@ -86,8 +85,7 @@ cudaError_t FindEncoder(decltype(&cuTensorMapEncodeTiled)* encode) {
   return cudaSuccess;
 }
 
-// A row-major matrix of 16-bit numbers [rows][columns], copied in boxes; what is outside is zero
-// when it is read, and is not written.
+// A row-major matrix of 16-bit numbers [rows][columns], copied in boxes; what is outside is zero.
 cudaError_t DescribeMatrix(const Product& product, const void* data, int64_t rows, int64_t columns,
                            uint32_t box_rows, uint32_t box_columns, CUtensorMapSwizzle swizzle,
                            CUtensorMap* map) {
@@ -126,12 +124,10 @@ cudaError_t PrepareTiles(const Product& product, const PrefillPlan& plan, const 
                                               CU_TENSOR_MAP_SWIZZLE_128B, &launch->x));
   const uint8_t* indices =
       static_cast<const uint8_t*>(product.blob) + product.out * product.channels;
-  ESPARSE_CUDA_RETURN_IF_ERROR(DescribeMatrix(product, indices, product.out / kGroupOutputs,
-                                              product.channels / kStageChannels * kIndexNumbers,
-                                              plan.outputs / kGroupOutputs, kIndexNumbers,
-                                              CU_TENSOR_MAP_SWIZZLE_NONE, &launch->indices));
-  return DescribeMatrix(product, product.y, product.rows, product.out, kStoreRows, kGroupOutputs,
-                        CU_TENSOR_MAP_SWIZZLE_128B, &launch->y);
+  return DescribeMatrix(product, indices, product.out / kGroupOutputs,
+                        product.channels / kStageChannels * kIndexNumbers,
+                        plan.outputs / kGroupOutputs, kIndexNumbers, CU_TENSOR_MAP_SWIZZLE_NONE,
+                        &launch->indices);
 }
 
 // What a launch asks of the runtime.
@@ -161,7 +157,7 @@ cudaError_t Launch(PrefillLaunch& launch, bool early, cudaStream_t stream) {
       launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared));
   Config config(launch.teams, launch.team, launch.threads, launch.shared, stream);
   if (early) config.StartEarly();
-  void* parameters[] = {&launch.values, &launch.x, &launch.indices, &launch.y, &launch.args};
+  void* parameters[] = {&launch.values, &launch.x, &launch.indices, &launch.args};
   return cudaLaunchKernelExC(&config.config, launch.function, parameters);
 }
 

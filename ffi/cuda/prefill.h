@@ -19,12 +19,12 @@ namespace esparse::cuda {
 cudaError_t LaunchPrefill(const Product& product, const PrefillPlan& plan, cudaStream_t stream);
 
 // The kernels of a product, for those who queue them in another way: `teams` clusters of `team`
-// blocks, whose parameters are the last five fields.
+// blocks, whose parameters are the last four fields.
 struct PrefillLaunch {
   const char* name;      // in the cubin
   const void* function;  // for the CUDA runtime
   int teams, team, threads, shared;
-  CUtensorMap values, x, indices, y;
+  CUtensorMap values, x, indices;
   PrefillArgs args;
 };
 struct PrefillLaunches {

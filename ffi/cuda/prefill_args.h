@@ -8,6 +8,7 @@ namespace esparse::cuda {
 
 constexpr int kGroupOutputs = 64;  // of a warpgroup
 constexpr int kGroupThreads = 128;
+constexpr int kMostSplit = 8;       // blocks that the channels are split among
 constexpr int kStageChannels = 64;  // divides the channels, as kShapeUnit does
 
 // Whether a warp of its own loads. A quarter of a multiprocessor has 512 registers for each lane of

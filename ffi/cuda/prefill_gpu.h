@@ -50,16 +50,23 @@ namespace esparse::cuda {
 
 class PrefillGpu {
  public:
-  // The matrices that copies read and write, described in parameters of the kernel.
+  // The matrices that copies read, described in parameters of the kernel.
   ESPARSE_DEVICE PrefillGpu(const void* shared, const CUtensorMap* values, const CUtensorMap* x,
-                            const CUtensorMap* indices, const CUtensorMap* y)
+                            const CUtensorMap* indices)
       : shared_((static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + 1023) & ~1023u),
         values_(values),
         x_(x),
-        indices_(indices),
-        y_(y) {}
+        indices_(indices) {}
 
   ESPARSE_DEVICE int Thread() const { return threadIdx.x; }
+  // A number that all threads of a warp have, so that the compiler knows.
+  ESPARSE_DEVICE int OfWarp(int number) const { return __shfl_sync(0xffffffff, number, 0); }
+  // The same number, of which the compiler does not know it: what is computed from it is not kept
+  // in registers from before a loop.
+  ESPARSE_DEVICE int Anew(int number) const {
+    asm volatile("" : "+r"(number));
+    return number;
+  }
   ESPARSE_DEVICE int Block() const { return blockIdx.x; }
   ESPARSE_DEVICE int Blocks() const { return gridDim.x; }
   // Of the block in its cluster.
@@ -88,18 +95,14 @@ class PrefillGpu {
   ESPARSE_DEVICE void SyncGroup(int group) const {
     asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
   }
-  template <int kWorkers>
-  ESPARSE_DEVICE void SyncWorkers() const {
-    asm volatile("bar.sync 4, %0;" ::"n"(kWorkers) : "memory");  // after those of three groups
+  ESPARSE_DEVICE void SyncBlock() const { __syncthreads(); }
+  // Of all threads of the cluster. What they wrote before is not there for each other because of
+  // it, but barriers are.
+  ESPARSE_DEVICE void BeginMeeting() const {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   }
-  // The cluster, or this block.
-  template <bool kCluster>
-  ESPARSE_DEVICE void SyncAll() const {
-    if constexpr (kCluster) {
-      SyncCluster();
-    } else {
-      __syncthreads();
-    }
+  ESPARSE_DEVICE void EndMeeting() const {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   }
 
   // ---- barriers: addresses of 8 bytes
@@ -143,11 +146,38 @@ class PrefillGpu {
         : "memory");
   }
 
+  // The same, where other blocks of the cluster send what it counts.
+  ESPARSE_DEVICE void WaitForSent(uint32_t barrier, uint32_t parity) const {
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n"
+        "@!ended bra again;\n"
+        "}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+  }
+  // To this address of the shared memory of a block of the cluster, whose `barrier` counts it.
+  ESPARSE_DEVICE void SendTo(int rank, uint32_t address, float a, float b, float c, float d,
+                             uint32_t barrier) const {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there, counts;\n"
+        "mapa.shared::cluster.u32 there, %0, %6;\n"
+        "mapa.shared::cluster.u32 counts, %1, %6;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+        "[there], {%2, %3, %4, %5}, [counts];\n"
+        "}" ::"r"(address),
+        "r"(barrier), "f"(a), "f"(b), "f"(c), "f"(d), "r"(rank)
+        : "memory");
+  }
+
   // ---- copies, which a barrier counts
 
   // The first copies need not wait for what describes their matrices.
   ESPARSE_DEVICE void PrefetchDescriptions() const {
-    for (const CUtensorMap* map : {values_, x_, indices_, y_}) {
+    for (const CUtensorMap* map : {values_, x_, indices_}) {
       asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
     }
   }
@@ -172,50 +202,31 @@ class PrefillGpu {
   ESPARSE_DEVICE void CopyIndices(uint32_t to, int column, int row, uint32_t barrier) const {
     CopyTile(to, indices_, column, row, barrier);
   }
-  ESPARSE_DEVICE void StoreY(int column, int row, uint32_t from) const {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
-        "cp.async.bulk.commit_group;" ::"l"(y_),
-        "r"(column), "r"(row), "r"(from)
-        : "memory");
-  }
-  // Until all but the last kPending stores of this thread have read what they store.
-  template <int kPending>
-  ESPARSE_DEVICE void WaitStoresRead() const {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-  }
-  ESPARSE_DEVICE void WaitStores() const {
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-  }
-  // What this thread wrote to shared memory is there for copies.
-  ESPARSE_DEVICE void FenceForCopies() const {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  }
 
   // ---- shared memory and registers
 
   ESPARSE_DEVICE void LoadShared(uint32_t address, uint32_t* first, uint32_t* second) const {
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(*first), "=r"(*second) : "r"(address));
   }
-  ESPARSE_DEVICE void StoreShared(uint32_t address, float value) const {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+  ESPARSE_DEVICE void LoadShared16(uint32_t address, uint32_t (&four)[4]) const {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(four[0]), "=r"(four[1]), "=r"(four[2]), "=r"(four[3])
+                 : "r"(address)
+                 : "memory");
   }
-  // What lies at this address of the shared memory of a block of the cluster.
-  ESPARSE_DEVICE void LoadOfBlock(int rank, uint32_t address, float (&values)[8]) const {
-    asm volatile(
-        "{\n"
-        ".reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %8, %9;\n"
-        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
-        "ld.shared::cluster.v4.f32 {%4, %5, %6, %7}, [there + 16];\n"
-        "}"
-        : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3]), "=f"(values[4]),
-          "=f"(values[5]), "=f"(values[6]), "=f"(values[7])
-        : "r"(address), "r"(rank)
-        : "memory");
+  ESPARSE_DEVICE void LoadShared16(uint32_t address, float (&four)[4]) const {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(four[0]), "=f"(four[1]), "=f"(four[2]), "=f"(four[3])
+                 : "r"(address)
+                 : "memory");
   }
   ESPARSE_DEVICE void Store16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) const {
-    *static_cast<uint4*>(to) = {a, b, c, d};
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
+                 : "memory");
+  }
+  ESPARSE_DEVICE void Store4(void* to, uint32_t a) const {
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(a) : "memory");
   }
   ESPARSE_DEVICE uint32_t Bytes(uint32_t low, uint32_t high, uint32_t which) const {
     return __byte_perm(low, high, which);
@@ -229,6 +240,12 @@ class PrefillGpu {
       const __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
       return *reinterpret_cast<const uint32_t*>(&packed);
     }
+  }
+  // An 8x8 matrix of a warp, of which lane 4 i + j has columns 2 j and 2 j + 1 of row i.
+  ESPARSE_DEVICE uint32_t Transpose(uint32_t pair) const {
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+    return transposed;
   }
   // Four 8x8 matrices as products leave them, each transposed: lane 8 i + j says where column j of
   // matrix i goes, 16 bytes.
@@ -289,7 +306,7 @@ class PrefillGpu {
   }
 
   uint32_t shared_;
-  const CUtensorMap *values_, *x_, *indices_, *y_;
+  const CUtensorMap *values_, *x_, *indices_;
 };
 
 #undef ESPARSE_SUMS_8

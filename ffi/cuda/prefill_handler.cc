@@ -88,7 +88,7 @@ ffi::Error RecordPrefill24Impl(record::Recorder recorder, ffi::AnyBuffer x, ffi:
     return record::KernelArg{&of, sizeof(of), record::ArgType::kHostValue};
   };
   const record::KernelArg list[] = {value(launch.values), value(launch.x), value(launch.indices),
-                                    value(launch.y), value(launch.args)};
+                                    value(launch.args)};
   const Cubin cubin = PrefillCubin();
   return record::AddOrUpdate(recorder,
                              {launch.name, cubin.data, cubin.size, launch.teams * launch.team,

@@ -14,11 +14,14 @@
 // channels. A stage is full when its bytes are there, and empty when the warps of all blocks that
 // its part of x went to have multiplied it. Blocks stay for all their tiles, so that the stages
 // fill up for the next tile while the sums of this one are written: transposed through shared
-// memory, 32 rows of y at a time, and from there by tensor stores.
+// memory, 32 rows of y at a time, and from there by the threads of the warpgroup. Tensor stores
+// would have to wait behind those copies.
 //
 // Where there are fewer tiles than blocks run at once, the channels are split among the blocks of a
-// cluster instead. Then each leaves its sums in its own shared memory, and when all have, each adds
-// up a part of the tile from all of them, always in the same order. The tiles that are left when
+// cluster instead. Then 8 rows x 64 outputs of the sums are an item, and each block owns some. When
+// all have multiplied, each sends its part of every item to the owner's shared memory, and the
+// owner adds up the parts, always in the same order. That one block sends rather than another one
+// reads spares a barrier that waits for all that the cluster wrote. The tiles that are left when
 // all blocks had as many as each other are multiplied so as well, by a second launch, whose blocks
 // start where those of the first one end.
 #ifndef ESPARSE_FFI_CUDA_PREFILL_KERNEL_H_
@@ -33,6 +36,7 @@ namespace esparse::cuda {
 
 constexpr int kStoreRows = 32;
 constexpr int kChunk = 8;  // numbers of y in 16 bytes
+constexpr int kItemRows = 8, kItemBytes = kItemRows * kGroupOutputs * 4;
 
 // What a block computes at a time, and how: `groups` warpgroups of 64 outputs each x `rows` rows of
 // x, which `cluster` blocks of neighbouring outputs share. Bytes of shared memory are counted from
@@ -52,11 +56,20 @@ struct PrefillTile {
   static constexpr int kStoreAt = stages * kStageBytes;  // two for each warpgroup
   static constexpr int kIndicesAt = kStoreAt + 2 * groups * kStoreBytes;
   static constexpr int kBarriersAt = kIndicesAt + stages * groups * kIndexBytes;
-  static constexpr int kBytes = kBarriersAt + stages * 2 * 8;
-  // Sums that are left for the cluster, where the stages and what is stored were: rows of x, far
-  // enough apart that the threads of a warp write to different banks.
-  static constexpr int kSumsPitch = (kOutputs + 4) * 4;
-  static_assert(rows * kSumsPitch <= kIndicesAt);
+  static constexpr int kRoomAt = kBarriersAt + stages * 2 * 8;
+  static constexpr int kSumsAt = kRoomAt + 8;
+  static constexpr int kBytes = kSumsAt + 8;
+  // Parts of items lie where the stages and what is stored were.
+  static constexpr int kItems = rows / kItemRows * groups;
+  static constexpr int MostParts() {
+    int most = 0;
+    for (int split = 2; split <= kMostSplit; ++split) {
+      const int parts = (kItems + split - 1) / split * split;
+      most = parts > most ? parts : most;
+    }
+    return most;
+  }
+  static_assert(MostParts() * kItemBytes <= kIndicesAt);
   static_assert(kStageBytes % 1024 == 0 && kValueBytes % 1024 == 0);
 };
 
@@ -177,76 +190,74 @@ class StageLoader {
   uint32_t turn_ = 0;  // stages that were loaded
 };
 
-// Leaves the sums of a block for the cluster, where its stages were.
-template <typename Tile, typename Device>
-ESPARSE_DEVICE void LeaveSums(Device& device, const float (&sum)[Tile::kRows / 2]) {
-  constexpr int kPitch = Tile::kSumsPitch;
-  const int thread = device.Thread(), lane = thread % 32;
-  // A warp has 16 outputs: lane 4 g + t those at g and g + 8, of each 8 rows 2 t and 2 t + 1.
-  const uint32_t at =
-      device.Shared() + (lane & 3) * 2 * kPitch + (thread / 32 * 16 + (lane >> 2)) * 4;
-  device.template SyncWorkers<Tile::kWorkers>();  // both have read the stages
-  ESPARSE_UNROLL
-  for (int i = 0; i < Tile::kRows / 8; ++i) {
-    ESPARSE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      device.StoreShared(at + (i * 8 + j % 2) * kPitch + j / 2 * 32, sum[i * 4 + j]);
-    }
-  }
-}
-
-// Adds up what the blocks of a cluster left, and writes a part of y.
+// Sends the sums of a block's only tile to those who own them, and adds up and writes the items
+// that this block owns: item `place` * split + rank is the one at `place` of its owner.
 template <typename T, typename Tile, typename Device>
-ESPARSE_DEVICE void AddSums(Device& device, const PrefillArgs& p) {
-  constexpr int kPitch = Tile::kSumsPitch;
-  constexpr int kChunks = Tile::kOutputs / kChunk;
+ESPARSE_DEVICE void ShareSums(Device& device, const PrefillArgs& p, int tile,
+                              const float (&sum)[Tile::kRows / 2]) {
+  const int thread = device.Anew(device.Thread()), lane = thread % 32;
+  const int group = device.OfWarp(thread / kGroupThreads), rank = device.Rank();
+  const uint32_t room = device.Shared() + Tile::kRoomAt, sums = device.Shared() + Tile::kSumsAt;
+  const uint32_t mine = device.Shared() + thread % kGroupThreads * 16;
   int output, row;
-  PlaceTile<Tile>(p, p.first + device.Block() / p.split, &output, &row);
-  constexpr int kAtATime = Tile::kRows == 64 ? 2 : 4;  // chunks whose loads are under way together
-  const int rows = min(Tile::kRows, p.rows - row), outputs = min(Tile::kOutputs, p.out - output);
-  const int step = p.split * Tile::kWorkers;
-  for (int i = device.Rank() * Tile::kWorkers + device.Thread(); i < rows * kChunks;
-       i += kAtATime * step) {
-    float sum[kAtATime][kChunk] = {};
-    for (int part = 0; part < p.split; ++part) {
-      float more[kAtATime][kChunk];
-      ESPARSE_UNROLL
-      for (int c = 0; c < kAtATime; ++c) {  // rows that x does not have are read and not written
-        const int at = min(i + c * step, Tile::kRows * kChunks - 1);
-        device.LoadOfBlock(
-            part, device.Shared() + at / kChunks * kPitch + at % kChunks * kChunk * 4, more[c]);
-      }
-      ESPARSE_UNROLL
-      for (int c = 0; c < kAtATime; ++c) {
-        ESPARSE_UNROLL
-        for (int j = 0; j < kChunk; ++j) sum[c][j] += more[c][j];
-      }
+  PlaceTile<Tile>(p, tile, &output, &row);
+  const int items = min(Tile::kRows, p.rows - row + kItemRows - 1) / kItemRows * Tile::kGroups;
+  if (thread == 0) {
+    const int owned = (items - rank + p.split - 1) / p.split;
+    device.ArriveAndExpect(sums, owned * p.split * kItemBytes);
+  }
+  device.SyncWarp();
+  if (lane < p.split) device.ArriveAt(room, lane);
+  device.WaitBarrier(room, 0);  // all stages of all blocks were multiplied
+
+  int owner = group % p.split, place = group / p.split;
+  ESPARSE_UNROLL
+  for (int i = 0; i < Tile::kRows / kItemRows; ++i) {
+    if (i * Tile::kGroups + group < items) {
+      device.SendTo(owner, mine + (place * p.split + rank) * kItemBytes, sum[i * 4], sum[i * 4 + 1],
+                    sum[i * 4 + 2], sum[i * 4 + 3], sums);
+    }
+    for (owner += Tile::kGroups; owner >= p.split; owner -= p.split) ++place;
+  }
+
+  device.WaitForSent(sums, 0);
+  for (int at = group; at * p.split + rank < items; at += Tile::kGroups) {
+    const int item = at * p.split + rank;
+    float all[4] = {}, part[kMostSplit][4];
+    ESPARSE_UNROLL
+    for (int i = 0; i < kMostSplit; ++i) {
+      if (i < p.split) device.LoadShared16(mine + (at * p.split + i) * kItemBytes, part[i]);
     }
     ESPARSE_UNROLL
-    for (int c = 0; c < kAtATime; ++c) {
-      const int at = i + c * step, r = at / kChunks, first = at % kChunks * kChunk;
-      if (r >= rows || first >= outputs) continue;
-      device.Store16(p.y + static_cast<size_t>(row + r) * p.out + output + first,
-                     device.template Pack<T>(sum[c][0], sum[c][1]),
-                     device.template Pack<T>(sum[c][2], sum[c][3]),
-                     device.template Pack<T>(sum[c][4], sum[c][5]),
-                     device.template Pack<T>(sum[c][6], sum[c][7]));
+    for (int i = 0; i < kMostSplit; ++i) {
+      ESPARSE_UNROLL
+      for (int j = 0; j < 4; ++j) all[j] += i < p.split ? part[i][j] : 0;
     }
+    // A warp has 16 outputs: lane 4 g + t those at g and g + 8, of rows 2 t and 2 t + 1; and after
+    // that outputs 2 t and 2 t + 1 of row g.
+    const uint32_t first = device.Transpose(device.template Pack<T>(all[0], all[1]));
+    const uint32_t second = device.Transpose(device.template Pack<T>(all[2], all[3]));
+    const int y_row = row + item / Tile::kGroups * kItemRows + (lane >> 2);
+    const int of_group = output + item % Tile::kGroups * kGroupOutputs;
+    if (y_row >= p.rows || of_group >= p.out) continue;
+    uint16_t* const to = p.y + static_cast<size_t>(y_row) * p.out + of_group +
+                         thread % kGroupThreads / 32 * 16 + (lane & 3) * 2;
+    device.Store4(to, first);
+    device.Store4(to + kItemRows, second);
   }
 }
 
-// Multiplies all stages of all tiles of a block, and writes y or leaves the sums of its only tile
-// for the cluster: all warpgroups.
+// Multiplies all stages of all tiles of a block, and writes y: all warpgroups.
 template <typename T, typename Tile, typename Device>
 ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p,
                                    StageLoader<Tile, Device>& loader) {
   const uint32_t stages = device.Shared(), full = stages + Tile::kBarriersAt,
                  empty = full + Tile::kStages * 8;
-  const int thread = device.Thread(), warp = thread / 32, lane = thread % 32;
-  const int group = thread / kGroupThreads;
-  const bool leader = thread % kGroupThreads == 0;
+  const int thread = device.Thread(), lane = thread % 32;
+  const int warp = device.OfWarp(thread / 32), group = warp * 32 / kGroupThreads;
   const int team = Tile::kCluster * p.split, rank = Tile::kCluster > 1 ? device.Rank() : 0;
   const Share share = ShareOf<Tile>(device, p);
+  const int steps = share.end - share.first;
   // Of the indices: 256 bytes for 32 channels, in them 64 for 16 outputs, in them 8 for outputs
   // (o, o + 8), whose nibbles alternate, and in them bytes of the two chunks of 16 channels by
   // turns. Lane t of four serves the product t / 2 of a stage with the chunk t % 2.
@@ -254,8 +265,7 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p,
                               ((lane >> 1) & 1) * 256 + (warp & 3) * 64 + (lane >> 2) * 8;
   const uint32_t my_bytes = lane & 1 ? 0x7531 : 0x6420;
 
-  int stage = 0;
-  uint32_t phase = 0;
+  uint32_t turn = 0;  // stages that were multiplied
   float sum[Tile::kRows / 2];
   // While it waits for the other warpgroups, products of its own are under way.
   const auto load = [&] {
@@ -264,19 +274,18 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p,
     device.SyncWarp();
   };
   for (int tile = p.first + device.Block() / team; tile < p.end; tile += device.Blocks() / team) {
-    int output, row;
-    PlaceTile<Tile>(p, tile * Tile::kCluster + rank, &output, &row);
     // The stage before, whose products have ended.
     const auto release = [&] {
-      const int done = (stage == 0 ? Tile::kStages : stage) - 1;
+      const uint32_t barrier = empty + (turn - 1) % Tile::kStages * 8;
       if (Tile::kCluster == 1) {
-        if (lane == 0) device.Arrive(empty + 8 * done);
+        if (lane == 0) device.Arrive(barrier);
       } else if (lane < Tile::kCluster) {
-        device.ArriveAt(empty + 8 * done, lane);
+        device.ArriveAt(barrier, lane);
       }
     };
-    const auto multiply = [&](uint32_t& indices, int k) {
-      device.WaitBarrier(full + 8 * stage, phase);
+    const auto multiply = [&](uint32_t& indices, int done) {
+      const int stage = turn % Tile::kStages;
+      device.WaitBarrier(full + 8 * stage, turn / Tile::kStages & 1);
       uint32_t a, b;
       device.LoadShared(my_indices + stage * Tile::kGroups * Tile::kIndexBytes, &a, &b);
       const uint32_t mine = device.Bytes(a, b, my_bytes);
@@ -287,61 +296,73 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p,
           MatrixDescriptor<Swizzle::k64Bytes>(at + group * (Tile::kValueBytes / Tile::kGroups));
       const uint64_t rows = MatrixDescriptor<Swizzle::k128Bytes>(at + Tile::kValueBytes);
       device.BeginProducts();
-      device.template MultiplySparse<T, Tile::kRows, 0>(sum, weight, rows, indices,
-                                                        k > share.first);
+      device.template MultiplySparse<T, Tile::kRows, 0>(sum, weight, rows, indices, done > 0);
       device.template MultiplySparse<T, Tile::kRows, 1>(sum, Further<32>(weight), Further<64>(rows),
                                                         indices, true);
       device.CommitProducts();
       device.template WaitProducts<1>();
-      if (k > share.first) {
+      if (done > 0) {
         release();
         load();
       }
-      if (++stage == Tile::kStages) {
-        stage = 0;
-        phase ^= 1;
-      }
+      ++turn;
     };
     // The indices stay in their register while the products run, so the next stage has another.
     uint32_t even, odd;
-    int k = share.first;
-    for (; k + 1 < share.end; k += 2) {
-      multiply(even, k);
-      multiply(odd, k + 1);
+    for (int done = 0; done < steps; done += 2) {
+      multiply(even, done);
+      if (done + 1 < steps) multiply(odd, done + 1);
     }
-    if (k < share.end) multiply(even, k);
     device.template WaitProducts<0>();
     if (Tile::kCluster == 1 && p.split > 1) {
-      LeaveSums<Tile>(device, sum);
+      ShareSums<T, Tile>(device, p, tile, sum);
       return;
     }
     release();
     load();
 
+    // A thread writes every `kStep`th row of y, eight numbers of it.
+    constexpr int kChunks = kGroupOutputs / kChunk, kStep = kGroupThreads / kChunks;
+    const uint32_t store = stages + Tile::kStoreAt + group * 2 * Tile::kStoreBytes;
+    uint32_t from;
+    uint16_t* to;
+    int left;  // rows of y, from the first one of this thread on
     ESPARSE_UNROLL
     for (int part = 0; part < Tile::kRows / kStoreRows; ++part) {
-      const uint32_t store = stages + Tile::kStoreAt + (group * 2 + part % 2) * Tile::kStoreBytes;
-      if (leader) device.template WaitStoresRead<1>();
-      device.SyncGroup(group);
+      // All have read what was here, since they met for the part before.
+      const int place = part % 2 * Tile::kStoreBytes;
       ESPARSE_UNROLL
       for (int half = 0; half < 2; ++half) {  // 16 rows of y, 16 outputs of this warp
-        const int from = (part * 4 + half * 2) * 4;
-        const int matrix = lane >> 3, y_row = half * 16 + (matrix >> 1) * 8 + (lane & 7);
+        const int at = (part * 4 + half * 2) * 4;
+        const int mine = device.Anew(lane);
+        const int matrix = mine >> 3, y_row = half * 16 + (matrix >> 1) * 8 + (mine & 7);
         const int chunk = (warp & 3) * 2 + (matrix & 1);
-        device.StoreTransposed(store + y_row * 128 + ((chunk ^ (y_row & 7)) << 4),
-                               device.template Pack<T>(sum[from], sum[from + 1]),
-                               device.template Pack<T>(sum[from + 2], sum[from + 3]),
-                               device.template Pack<T>(sum[from + 4], sum[from + 5]),
-                               device.template Pack<T>(sum[from + 6], sum[from + 7]));
+        device.StoreTransposed(store + place + y_row * 128 + ((chunk ^ (y_row & 7)) << 4),
+                               device.template Pack<T>(sum[at], sum[at + 1]),
+                               device.template Pack<T>(sum[at + 2], sum[at + 3]),
+                               device.template Pack<T>(sum[at + 4], sum[at + 5]),
+                               device.template Pack<T>(sum[at + 6], sum[at + 7]));
       }
-      device.FenceForCopies();
       device.SyncGroup(group);
-      if (leader) {
-        device.StoreY(output + group * kGroupOutputs, row + part * kStoreRows, store);
+      if (part == 0) {
+        const int mine = device.Anew(thread) % kGroupThreads;
+        const int my_row = mine / kChunks, my_chunk = mine % kChunks;
+        int output, row;
+        PlaceTile<Tile>(p, tile * Tile::kCluster + rank, &output, &row);
+        output += group * kGroupOutputs;
+        from = store + my_row * 128 + ((my_chunk ^ (my_row & 7)) << 4);
+        to = p.y + static_cast<size_t>(row + my_row) * p.out + output + my_chunk * kChunk;
+        left = output < p.out ? p.rows - row - my_row : 0;
+      }
+      ESPARSE_UNROLL
+      for (int r = 0; r < kStoreRows; r += kStep) {
+        uint32_t four[4];
+        device.LoadShared16(from + place + r * 128, four);
+        if (part * kStoreRows + r < left) device.Store16(to, four[0], four[1], four[2], four[3]);
+        to += kStep * p.out;
       }
     }
   }
-  if (leader) device.WaitStores();
 }
 
 template <typename T, typename Tile, typename Device>
@@ -352,14 +373,25 @@ ESPARSE_DEVICE void Prefill(Device& device, const PrefillArgs& p) {
   // dependent_launch.h). The second launch reads x at once, so the first one has to have seen it.
   if (p.prefetch && !p.followed) device.LetNextStart();
   if (thread == Tile::kThreads - 32) device.PrefetchDescriptions();
+  const bool splits = Tile::kCluster == 1 && p.split > 1;
   if (thread == 0) {
     for (int s = 0; s < Tile::kStages; ++s) {
       device.InitBarrier(full + 8 * s, 1);
       device.InitBarrier(full + 8 * (Tile::kStages + s), Tile::kWorkers / 32 * Tile::kCluster);
     }
+    if (splits) {
+      device.InitBarrier(device.Shared() + Tile::kRoomAt, Tile::kWorkers / 32 * p.split);
+      device.InitBarrier(device.Shared() + Tile::kSumsAt, 1);
+    }
     device.FenceBarriers();
   }
-  device.template SyncAll<(Tile::kCluster > 1)>();
+  // The barriers of all blocks are there when the meeting of the cluster has ended.
+  if (Tile::kCluster > 1 || splits) device.BeginMeeting();
+  if (Tile::kCluster > 1) {
+    device.EndMeeting();
+  } else {
+    device.SyncBlock();
+  }
   StageLoader<Tile, Device> loader(device, p);
   if (thread < Tile::kWorkers) {
     if (!Tile::kHasLoader && thread < 32) {
@@ -370,20 +402,22 @@ ESPARSE_DEVICE void Prefill(Device& device, const PrefillArgs& p) {
       device.WaitForPrevious();
       if (!p.prefetch || p.followed) device.LetNextStart();
     }
+    if (splits) device.EndMeeting();
     MultiplyStages<T, Tile>(device, p, loader);
-  } else if (Tile::kHasLoader && device.Elect()) {
-    loader.Begin();
-    while (loader.Left()) loader.Next();
-  }
-  device.SyncWarp();
-  if (Tile::kCluster == 1 && p.split > 1) {
-    device.template SyncAll<true>();
-    if (thread < Tile::kWorkers) AddSums<T, Tile>(device, p);
     device.SyncWarp();
-    device.template SyncAll<true>();  // no block leaves while others read its sums
   } else {
-    // No block leaves while others send it x, or count on its barriers.
-    device.template SyncAll<(Tile::kCluster > 1)>();
+    if (Tile::kHasLoader && device.Elect()) {
+      loader.Begin();
+      while (loader.Left()) loader.Next();
+    }
+    device.SyncWarp();
+    if (splits) device.EndMeeting();
+  }
+  // No block leaves while others send it x, or count on its barriers. Where it is sums that they
+  // send, it has waited for them.
+  if (Tile::kCluster > 1) {
+    device.BeginMeeting();
+    device.EndMeeting();
   }
   // Who waits for the second launch waits for the first one too.
   if (p.first > 0) device.WaitForPrevious();

@@ -31,10 +31,12 @@ int Tiles(const Product& product, int rows, int outputs, int wide) {
   return CeilDiv(product.out, wide * outputs) * CeilDiv(product.rows, rows);
 }
 
-// Into how many parts the channels are split: as many as all run at once. More than four, or parts
-// of less than eight stages, gained nothing (measured on an H200).
+// Into how many parts the channels are split: as many as all run at once. Parts of less than eight
+// stages gained nothing, nor did more than four of them, or than six where a multiprocessor has
+// room for two blocks (measured on an H200).
 int BestSplit(int tiles, int steps, const PrefillPlan& plan, const PrefillRoom& room) {
-  for (int split = std::min(4, steps / 8); split > 1; --split) {
+  const int most = PrefillResident(plan.rows) > 1 ? 6 : 4;
+  for (int split = std::min(most, steps / 8); split > 1; --split) {
     if (tiles * split <= room.multiprocessors * PrefillResident(plan.rows) &&
         tiles <= room.clusters(plan.rows, plan.outputs, split)) {
       return split;

@@ -66,6 +66,7 @@ def _exact(x, blob) -> np.ndarray:
     (17, (192, 448), {"tile": 64, "stages": 5, "split": 3}),  # parts of 2, 2 and 3 stages
     (40, (64, 1024), {"tile": 64, "stages": 5, "split": 2}),  # more stages than there is room for
     (100, (64, 512), {"tile": 64, "stages": 5, "split": 8}),
+    (50, (192, 448), {"tile": 64, "stages": 5, "split": 7}),  # 14 items: two for each
     (140, (128, 320), {"split": 2, "group": 1}),
     (300, (128, 128), {"tile": 256, "stages": 5, "split": 2}),
     # 9 tiles: 8 for two or four blocks, and a last one, whose channels are split.
@@ -81,6 +82,7 @@ def _exact(x, blob) -> np.ndarray:
     (300, (320, 192), WIDE | {"teams": 3}),  # fewer stages than there is room for
     (300, (320, 576), WIDE | {"group": 1}),  # and many more
     (20, (320, 576), WIDE | {"split": 2}),
+    (250, (192, 320), WIDE | {"split": 5}),  # as much memory as there is
     (300, (576, 384), WIDE | {"cluster": 2}),
     (300, (640, 64), WIDE | {"teams": 3}),
     (300, (1088, 320), WIDE | {"cluster": 2, "teams": 4, "tail": 2}),
@@ -129,7 +131,11 @@ def test_the_weight_may_come_before_the_kernel_before_has_ended(on_host, rows, s
     (256, (22016, 1024), {"outputs": 128}, (256, 128, 1, 8, 1, 1, 132, 0, 0)),
     (16, (28672, 8192), {}, (64, 128, 1, 8, 1, 1, 224, 0, 0)),  # two blocks a multiprocessor
     (16, (28672, 8192), {"outputs": 192}, (128, 192, 1, 8, 1, 4, 132, 18, 132)),
-    (16, (34816, 8192), {}, (64, 128, 1, 8, 1, 4, 264, 8, 264)),
+    (16, (34816, 8192), {}, (64, 128, 1, 8, 1, 6, 264, 8, 264)),
+    (32, (4096, 4096), {}, (64, 128, 1, 8, 6, 1, 32, 0, 0)),
+    (32, (5120, 4096), {}, (64, 128, 1, 8, 6, 1, 40, 0, 0)),
+    (32, (5120, 2560), {}, (64, 128, 1, 8, 5, 1, 40, 0, 0)),  # eight stages a part
+    (32, (5376, 4096), {}, (64, 128, 1, 8, 5, 1, 42, 0, 0)),  # 42 clusters of 6 find no place
     (1024, (4096, 4096), {}, (256, 128, 2, 8, 1, 1, 64, 0, 0)),  # fewer tiles than blocks
     (128, (4096, 4096), {}, (128, 128, 1, 8, 3, 1, 32, 0, 0)),
     (128, (4096, 4096), {"outputs": 192}, (128, 192, 1, 8, 4, 1, 22, 0, 0)),
@@ -137,7 +143,7 @@ def test_the_weight_may_come_before_the_kernel_before_has_ended(on_host, rows, s
 ])  # fmt: skip
 def test_the_work_is_cut_for_all_multiprocessors(on_host, rows, shape, plan, want):
     given = (ctypes.c_int32 * 6)(*(plan.get(field, 0) for field in PREFILL_PLAN_VALUES))
-    clusters, result = (ctypes.c_int32 * 3)(66, 38, 30), (ctypes.c_int32 * 9)()
+    clusters, result = (ctypes.c_int32 * 5)(66, 38, 30, 24, 20), (ctypes.c_int32 * 9)()
     sizes = map(ctypes.c_int64, (rows, *shape))
     on_host.esparse_prefill_cut(*sizes, given, 132, clusters, result)
     assert tuple(result) == want

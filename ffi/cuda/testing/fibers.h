@@ -84,17 +84,12 @@ class Fiber {
   void SyncWarp() { Meet(&running_->warps_[Warp()]); }
   void SyncBlock() { Meet(&running_->blocks_[rank_]); }
   void SyncCluster() { Meet(&running_->all_); }
+  // The same in two steps.
+  int64_t ArriveAtCluster() { return Arrive(&running_->all_); }
+  void WaitForCluster(int64_t time) { WaitUntilMet(running_->all_, time); }
 
   // All that are expected there.
-  void Meet(Meeting* meeting) {
-    const int64_t time = meeting->times;
-    ++running_->steps_;
-    if (++meeting->arrived == meeting->expected) {
-      meeting->arrived = 0;
-      ++meeting->times;
-    }
-    WaitUntil([&] { return meeting->times != time; });
-  }
+  void Meet(Meeting* meeting) { WaitUntilMet(*meeting, Arrive(meeting)); }
   // Until something holds that other threads bring about; who does says so.
   template <typename Condition>
   void WaitUntil(Condition holds) {
@@ -127,6 +122,20 @@ class Fiber {
  private:
   friend class Running;
   static constexpr size_t kStackBytes = 128 << 10;
+
+  // How often they had met before.
+  int64_t Arrive(Meeting* meeting) {
+    const int64_t time = meeting->times;
+    ++running_->steps_;
+    if (++meeting->arrived == meeting->expected) {
+      meeting->arrived = 0;
+      ++meeting->times;
+    }
+    return time;
+  }
+  void WaitUntilMet(const Meeting& meeting, int64_t time) {
+    WaitUntil([&] { return meeting.times != time; });
+  }
 
   int Warp() const { return (rank_ * running_->cluster_.block_threads + thread_) / kWarpThreads; }
 

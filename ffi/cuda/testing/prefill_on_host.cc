@@ -60,12 +60,13 @@ struct Barrier {
   }
 };
 
-// A copy to one block.
+// A copy to one block: a box of a matrix, or four numbers that another block sends.
 struct Copy {
   int rank;
   uint32_t to, barrier;
   const Matrix* matrix;
   int64_t row, column;
+  float sent[4];
 };
 
 // wgmma.mma_async.sp of one warpgroup, as far as its threads have come to it.
@@ -92,7 +93,6 @@ struct Hopper {
   std::map<std::pair<int, uint32_t>, Barrier> barriers;  // by rank and address
   std::list<Copy> copies;                                // under way
   std::map<std::pair<int, int>, Warpgroup> warpgroups;   // by rank and number
-  std::map<int, Meeting> workers;                        // by rank
   std::vector<bool>* written;                            // of y, by all launches
   bool let_next_start = false;
   int waited = 0;        // threads that saw the launch before end
@@ -109,6 +109,8 @@ class Host {
   int Block() const { return fiber_.Block(); }
   int Blocks() const { return blocks_; }
   int Rank() const { return fiber_.Rank(); }
+  int OfWarp(int number) const { return number; }
+  int Anew(int number) const { return number; }
   uint32_t Shared() const { return 0; }
   // Who lets the next kernel start has seen the one before end, or requests W alone until then.
   void LetNextStart() {
@@ -123,18 +125,9 @@ class Host {
   bool Elect() const { return fiber_.Lane() == 0; }
   void SyncWarp() { fiber_.SyncWarp(); }
   void SyncGroup(int group) { fiber_.Meet(&GroupOf(group).meeting); }
-  template <int kWorkers>
-  void SyncWorkers() {
-    fiber_.Meet(&hopper_->workers.try_emplace(Rank(), Meeting{kWorkers}).first->second);
-  }
-  template <bool kCluster>
-  void SyncAll() {
-    if (kCluster) {
-      fiber_.SyncCluster();
-    } else {
-      fiber_.SyncBlock();
-    }
-  }
+  void SyncBlock() { fiber_.SyncBlock(); }
+  void BeginMeeting() { meeting_ = fiber_.ArriveAtCluster(); }
+  void EndMeeting() { fiber_.WaitForCluster(meeting_); }
 
   void InitBarrier(uint32_t barrier, int arrivals) {
     Place(Rank(), barrier, 8);
@@ -183,43 +176,26 @@ class Host {
     MayBegin(hopper_->args.prefetch);
     Request(Box(Rank(), to, barrier, hopper_->indices, row, column));
   }
-  void StoreY(int column, int row, uint32_t from) {
-    MayBegin(false);
-    stores_.push_back({from, row, column});
-    if (hopper_->copying == Asynchronous::kEarly) FinishStores(0);
-  }
-  template <int kPending>
-  void WaitStoresRead() {
-    FinishStores(kPending);
-  }
-  void WaitStores() { FinishStores(0); }
-  void FenceForCopies() const {}
 
   void LoadShared(uint32_t address, uint32_t* first, uint32_t* second) {
     const char* from = Place(Rank(), address, 8);
     std::memcpy(first, from, 4);
     std::memcpy(second, from + 4, 4);
   }
-  void StoreShared(uint32_t address, float value) {
-    std::memcpy(Place(Rank(), address, 4), &value, 4);
+  void LoadShared16(uint32_t address, uint32_t (&four)[4]) {
+    std::memcpy(four, Place(Rank(), address, 16), 16);
   }
-  void LoadOfBlock(int rank, uint32_t address, float (&values)[8]) {
-    if (fiber_.HasEnded(rank)) hopper_->outside = true;
-    for (int half = 0; half < 2; ++half) {
-      std::memcpy(values + 4 * half, Place(rank, address + 16 * half, 16), 16);
-    }
+  void LoadShared16(uint32_t address, float (&four)[4]) {
+    std::memcpy(four, Place(Rank(), address, 16), 16);
+  }
+  void WaitForSent(uint32_t barrier, uint32_t parity) { WaitBarrier(barrier, parity); }
+  void SendTo(int rank, uint32_t address, float a, float b, float c, float d, uint32_t barrier) {
+    Request({rank, address, barrier, nullptr, 0, 0, {a, b, c, d}});
   }
   void Store16(uint16_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    MayBegin(false);
-    const uint32_t all[] = {a, b, c, d};
-    const int64_t at = to - hopper_->y.data;
-    if (at < 0 || at % 8 != 0 || at + 8 > hopper_->y.rows * hopper_->y.columns) {
-      hopper_->outside = true;
-    } else {
-      std::memcpy(to, all, sizeof(all));
-      for (int i = 0; i < 8; ++i) NoteWritten(at + i);
-    }
+    Store(to, {a, b, c, d});
   }
+  void Store4(uint16_t* to, uint32_t a) { Store(to, {a}); }
   uint32_t Bytes(uint32_t low, uint32_t high, uint32_t which) const {
     return PickBytes(low, high, which);
   }
@@ -229,6 +205,17 @@ class Host {
     uint32_t packed;
     std::memcpy(&packed, both, sizeof(packed));
     return packed;
+  }
+  // movmatrix.trans: the lane has row lane / 4, columns 2 (lane % 4) + 0, 1.
+  uint32_t Transpose(uint32_t pair) {
+    uint32_t all[kWarpThreads], transposed = 0;
+    fiber_.Exchange(pair, all);
+    const int row = fiber_.Lane() / 4, column = fiber_.Lane() % 4 * 2;
+    for (int c = 0; c < 2; ++c) {
+      const uint32_t number = all[4 * (column + c) + row / 2] >> (row % 2 * 16) & 0xffff;
+      transposed |= number << (c * 16);
+    }
+    return transposed;
   }
   // stmatrix.trans: the lane has row lane / 4, columns 2 (lane % 4) + 0, 1 of each matrix.
   void StoreTransposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -280,11 +267,6 @@ class Host {
   }
 
  private:
-  struct Store {
-    uint32_t from;
-    int row, column;
-  };
-
   // What is asked for before the kernel before has ended. The second launch starts when the first
   // one has seen that.
   void MayBegin(bool early) {
@@ -309,7 +291,19 @@ class Host {
 
   static Copy Box(int rank, uint32_t to, uint32_t barrier, const Matrix& matrix, int row,
                   int column) {
-    return {rank, to, barrier, &matrix, row, column};
+    return {rank, to, barrier, &matrix, row, column, {}};
+  }
+  template <int kCount>
+  void Store(uint16_t* to, const uint32_t (&pairs)[kCount]) {
+    MayBegin(false);
+    constexpr int kNumbers = 2 * kCount;
+    const int64_t at = to - hopper_->y.data;
+    if (at < 0 || at % kNumbers != 0 || at + kNumbers > hopper_->y.rows * hopper_->y.columns) {
+      hopper_->outside = true;
+      return;
+    }
+    std::memcpy(to, pairs, sizeof(pairs));
+    for (int i = 0; i < kNumbers; ++i) NoteWritten(at + i);
   }
   void Request(const Copy& copy) {
     if (hopper_->copying == Asynchronous::kEarly) {
@@ -321,6 +315,18 @@ class Host {
   }
   void Perform(const Copy& copy) {
     if (fiber_.HasEnded(copy.rank)) hopper_->outside = true;
+    Barrier& barrier = BarrierOf(copy.rank, copy.barrier);
+    if (copy.matrix == nullptr) {
+      std::memcpy(Place(copy.rank, copy.to, sizeof(copy.sent)), copy.sent, sizeof(copy.sent));
+      barrier.bytes -= sizeof(copy.sent);
+    } else {
+      CopyBox(copy);
+      barrier.bytes -= copy.matrix->box_rows * copy.matrix->box_columns * 2;
+    }
+    barrier.Settle();
+    fiber_.SayProgress();
+  }
+  void CopyBox(const Copy& copy) {
     if (copy.to % 512 != 0) hopper_->outside = true;
     const Matrix& matrix = *copy.matrix;
     for (int r = 0; r < matrix.box_rows; ++r) {
@@ -331,29 +337,11 @@ class Host {
         std::memcpy(Place(copy.rank, Strewn(at, matrix.swizzle), 2), &value, 2);
       }
     }
-    Barrier& barrier = BarrierOf(copy.rank, copy.barrier);
-    barrier.bytes -= matrix.box_rows * matrix.box_columns * 2;
-    barrier.Settle();
-    fiber_.SayProgress();
   }
   // Nothing is computed twice.
   void NoteWritten(int64_t at) {
     if ((*hopper_->written)[at]) hopper_->outside = true;
     (*hopper_->written)[at] = true;
-  }
-  void FinishStores(size_t pending) {
-    for (; stores_.size() > pending; stores_.pop_front()) {
-      const Matrix& y = hopper_->y;
-      for (int r = 0; r < y.box_rows; ++r) {
-        for (int c = 0; c < y.box_columns; ++c) {
-          const uint32_t at = stores_.front().from + (r * y.box_columns + c) * 2;
-          uint16_t* to = y.At(stores_.front().row + r, stores_.front().column + c);
-          if (to == nullptr) continue;
-          std::memcpy(to, Place(Rank(), Strewn(at, y.swizzle), 2), 2);
-          NoteWritten(to - y.data);
-        }
-      }
-    }
   }
 
   // The numbers of a row of an operand, from the first byte that the descriptor names on.
@@ -400,9 +388,8 @@ class Host {
   Hopper* hopper_;
   int blocks_;
   bool waited_ = false;
-  int64_t issued_ = 0, finished_ = 0;
+  int64_t issued_ = 0, finished_ = 0, meeting_ = 0;
   std::deque<int64_t> groups_;
-  std::deque<Store> stores_;
   Barrier nobody_{1 << 30, 1 << 30};
   alignas(16) char nowhere_[16];
 };
@@ -517,13 +504,13 @@ extern "C" __attribute__((visibility("default"))) int esparse_prefill_on_host(
   return bfloat16 ? RunInstance<Bfloat16>(job, stages) : RunInstance<_Float16>(job, stages);
 }
 
-// What CompletePlan and CutPrefill make of a plan on a device with room for so many clusters of
-// two, three and four blocks, of one block a multiprocessor: its fields, then the teams of both
-// launches and where the second one begins.
 extern "C" __attribute__((visibility("default"))) int esparse_prefill_is_plan(const int32_t* plan) {
   return esparse::cuda::IsPlan(esparse::cuda::PrefillPlanOf(plan));
 }
 
+// What CompletePlan and CutPrefill make of a plan on a device with room for so many clusters of
+// two to six blocks, of one block a multiprocessor: its fields, then the teams of both launches and
+// where the second one begins.
 extern "C" __attribute__((visibility("default"))) void esparse_prefill_cut(
     int64_t rows, int64_t out, int64_t channels, const int32_t* plan, int multiprocessors,
     const int32_t* clusters, int32_t* result) {
