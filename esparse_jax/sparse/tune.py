@@ -1,6 +1,6 @@
 """The search for the best way to multiply by a 2:4 weight: step (2) of the paper's section 4.
 
-For each number of rows in `BUCKETS`: the decode kernel or the prefill kernel and its plans, every
+For each number of rows in `BUCKETS`: the decode kernel, the prefill kernel and their plans, every
 algorithm of cuSPARSELt with every way to split the sum, and the dense product. All are whole
 products, row-major x to row-major y, over more weights than a cache holds. First each candidate is
 timed once, coarsely, then the best few again, in turns: in graphs of it alone, since to compile a
@@ -57,6 +57,8 @@ _BEHIND = 1.1
 # Errors of so many roundings are told from those of a kernel that went astray.
 _ROUNDINGS = 8
 _WRONG, _NOT_TRIED = "wrong numbers", "not tried, since others like it failed"
+# Fewer rows are not tried with the prefill kernel, whose smallest tile has 64.
+_LEAST_PREFILL_ROWS = 8
 # Tiles of rows of the prefill kernel, and for how many rows each may be the best.
 _FITTING_ROWS = ((64, 0, 128), (128, 64, 1024), (256, 128, math.inf))
 # Below so many outputs, segment-K was reported to hang on Hopper (vllmbench, cuSPARSELt 0.7.1).
@@ -96,7 +98,7 @@ class Candidate(NamedTuple):
 
     Attributes:
         kind: "dense", "decode" (up to 16 rows), "pieces" (the decode kernel for every 16 rows),
-            "prefill" (more than 16 rows) or "cusparselt".
+            "prefill" (8 rows and more) or "cusparselt".
         plan: Of one of our kernels; empty for its own rule.
         algorithm: Of cuSPARSELt.
     """
@@ -412,7 +414,7 @@ class _Search:
 
     def _prefill_plans(self, rows: int) -> list[Candidate]:
         """The prefill kernel's own rule and its plans."""
-        if not self._facts.get("prefill") or rows <= _ffi_cuda.MAX_ROWS:
+        if not self._facts.get("prefill") or rows < _LEAST_PREFILL_ROWS:
             return []
         plans = [{}, *prefill_plans(rows)]
         return [Candidate("prefill", plan=tuple(plan.items())) for plan in plans]

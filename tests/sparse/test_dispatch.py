@@ -354,6 +354,15 @@ def test_the_prefill_kernel_is_taken_where_it_was_faster(h200, hopper, caplog, m
 
 
 @needs_prefill
+def test_few_rows_are_for_the_prefill_kernel_only_where_it_was_faster(h200, hopper):
+    for microseconds, faster in ((4.0, True), (6.0, False)):
+        kernel = KernelTime(microseconds)
+        with use_table(table(dataclasses.replace(record(16, decode=5.0), prefill=kernel))):
+            assert is_prefill(lowered_here(16)) is is_prefill(lowered_here(9)) is faster
+            assert not is_prefill(lowered_here(8))
+
+
+@needs_prefill
 def test_the_nearest_product_decides_between_the_prefill_kernel_and_the_library(h200, hopper):
     def measured(prefill, rows=128):
         kernel = KernelTime(prefill, {"rows": 256, "group": 4})

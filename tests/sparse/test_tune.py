@@ -134,19 +134,21 @@ def test_every_way_is_measured_and_the_best_again(worker):
     }  # fmt: skip
 
 
-def test_the_prefill_kernel_and_its_plans_are_for_many_rows(worker):
+def test_the_prefill_kernel_and_its_plans_are_for_more_than_some_rows(worker):
     plan = {"rows": 64, "outputs": 128, "cluster": 1, "split": 4}
     name = "prefill, rows 64, outputs 128, cluster 1, split 4"
     worker.write({"prefill": 18.0, name: 15.0}, prefill=True, decode=False, algorithms=0)
-    records = worker.tune([16, 64])
-    assert records[16].prefill is None
-    assert records[64].prefill == KernelTime(15.0, plan)
-    assert records[64].sparse == 15.0
+    records = worker.tune([1, 8, 64])
+    assert records[1].prefill is None
     asked = worker.asked()
-    assert {line["rows"] for line in asked if line["name"].startswith("prefill")} == {64}
-    coarse = [line["name"] for line in asked if line["rows"] == 64 and line["effort"] == "coarse"]
-    assert coarse[:2] == ["dense", "prefill"]
-    assert len(coarse) == 1 + 1 + len(prefill_plans(64)) == 10
+    assert {line["rows"] for line in asked if line["name"].startswith("prefill")} == {8, 64}
+    for rows in (8, 64):
+        assert records[rows].prefill == KernelTime(15.0, plan)
+        assert records[rows].sparse == 15.0
+        lines = [line for line in asked if line["rows"] == rows and line["effort"] == "coarse"]
+        coarse = [line["name"] for line in lines]
+        assert coarse[:2] == ["dense", "prefill"]
+        assert len(coarse) == 1 + 1 + len(prefill_plans(rows)) == 10
 
 
 def test_the_last_measurements_decide(worker):
