@@ -14,8 +14,8 @@
 // channels. A stage is full when its bytes are there, and empty when the warps of all blocks that
 // its part of x went to have multiplied it. Blocks stay for all their tiles, so that the stages
 // fill up for the next tile while the sums of this one are written: transposed through shared
-// memory, 32 rows of y at a time, and from there by the threads of the warpgroup. Tensor stores were
-// no faster (H200), and slower where no warp of its own loads.
+// memory, 32 rows of y at a time, and from there by the threads of the warpgroup. Tensor stores
+// were no faster (H200), and slower where no warp of its own loads.
 //
 // Where there are fewer tiles than blocks run at once, the channels are split among the blocks of a
 // cluster instead. Then 8 rows x 64 outputs of the sums are an item, and each block owns some. When
