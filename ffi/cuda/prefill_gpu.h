@@ -1,5 +1,5 @@
 // What the prefill kernel needs of Hopper: barriers in shared memory, tensor copies, and the sparse
-// products of a warpgroup (PTX: mbarrier, cp.async.bulk.tensor, wgmma.mma_async.sp).
+// products of a warpgroup (PTX: mbarrier, cp.async.bulk.tensor, wgmma.mma_async.sp, st.async).
 #ifndef ESPARSE_FFI_CUDA_PREFILL_GPU_H_
 #define ESPARSE_FFI_CUDA_PREFILL_GPU_H_
 
@@ -96,6 +96,8 @@ class PrefillGpu {
     asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
   }
   ESPARSE_DEVICE void SyncBlock() const { __syncthreads(); }
+  // The cluster; what one wrote, and its arrivals at barriers, are there for all.
+  ESPARSE_DEVICE void SyncCluster() const { cuda::SyncCluster(); }
   // Of all threads of the cluster. What they wrote before is not there for each other because of
   // it, but barriers are.
   ESPARSE_DEVICE void BeginMeeting() const {

@@ -243,7 +243,7 @@ ESPARSE_DEVICE void ShareSums(Device& device, const PrefillArgs& p, int tile,
     uint16_t* const to = p.y + static_cast<size_t>(y_row) * p.out + of_group +
                          thread % kGroupThreads / 32 * 16 + (lane & 3) * 2;
     device.Store4(to, first);
-    device.Store4(to + kItemRows, second);
+    device.Store4(to + kChunk, second);
   }
 }
 
@@ -413,12 +413,9 @@ ESPARSE_DEVICE void Prefill(Device& device, const PrefillArgs& p) {
     device.SyncWarp();
     if (splits) device.EndMeeting();
   }
-  // No block leaves while others send it x, or count on its barriers. Where it is sums that they
-  // send, it has waited for them.
-  if (Tile::kCluster > 1) {
-    device.BeginMeeting();
-    device.EndMeeting();
-  }
+  // No block leaves while others send it x, or arrive at its barriers. Where it is sums that they
+  // send, it has waited for them, and for all arrivals.
+  if (Tile::kCluster > 1) device.SyncCluster();
   // Who waits for the second launch waits for the first one too.
   if (p.first > 0) device.WaitForPrevious();
 }

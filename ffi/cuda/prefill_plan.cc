@@ -46,7 +46,7 @@ int BestSplit(int tiles, int steps, const PrefillPlan& plan, const PrefillRoom& 
 }
 
 // What a second launch costs: stages times rows; and sums through shared memory: stages (measured
-// as well).
+// as well, these before blocks sent each other their sums).
 constexpr int kLaunchCost = 16 * 256, kSumsCost = 12;
 
 // The same for the tiles that are left when all multiprocessors had as many as each other, if it

@@ -8,7 +8,6 @@
 #include <iterator>
 #include <list>
 #include <map>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -126,6 +125,7 @@ class Host {
   void SyncWarp() { fiber_.SyncWarp(); }
   void SyncGroup(int group) { fiber_.Meet(&GroupOf(group).meeting); }
   void SyncBlock() { fiber_.SyncBlock(); }
+  void SyncCluster() { fiber_.SyncCluster(); }
   void BeginMeeting() { meeting_ = fiber_.ArriveAtCluster(); }
   void EndMeeting() { fiber_.WaitForCluster(meeting_); }
 
@@ -429,8 +429,7 @@ Outcome RunLaunch(const Job& job, const PrefillArgs& args, int teams, std::vecto
         matrix(static_cast<uint8_t*>(blob) + product.out * product.channels,
                product.out / kGroupOutputs, product.channels / kStageChannels * kIndexNumbers,
                Tile::kGroups, kIndexNumbers, Swizzle::kNone);
-    hopper.y =
-        matrix(product.y, product.rows, product.out, kStoreRows, kGroupOutputs, Swizzle::k128Bytes);
+    hopper.y = matrix(product.y, product.rows, product.out, 0, 0, Swizzle::kNone);
     const auto body = [&](Fiber& fiber) {
       Host<T> host(fiber, &hopper, teams * team);
       Prefill<T, Tile>(host, args);
