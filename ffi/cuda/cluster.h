@@ -11,6 +11,14 @@ __device__ __forceinline__ void SyncCluster() {
                    : "memory");
 }
 
+// The same in two steps, but what the blocks wrote before need not be there for each other.
+__device__ __forceinline__ void BeginClusterMeeting() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void EndClusterMeeting() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 #if __CUDA_ARCH__ >= 900
 #define ESPARSE_CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
 

@@ -47,6 +47,14 @@ namespace esparse::cuda {
                " {" registers "}, %" #w ", %" #x ", %" #e ", %" #selector ", add, 1, 1, 0, 0;\n}" \
                : sums                                                                             \
                : "l"(weight), "l"(rows), "r"(indices), "r"(add), "n"(kSelector))
+#define ESPARSE_WAIT_BARRIER(order)           \
+  asm volatile(                               \
+      "{\n.reg .pred ended;\nagain:\n"        \
+      "mbarrier.try_wait.parity" order        \
+      ".shared::cta.b64 ended, [%0], %1;\n"   \
+      "@!ended bra again;\n}" ::"r"(barrier), \
+      "r"(parity)                             \
+      : "memory")
 
 class PrefillGpu {
  public:
@@ -100,12 +108,8 @@ class PrefillGpu {
   ESPARSE_DEVICE void SyncCluster() const { cuda::SyncCluster(); }
   // Of all threads of the cluster. What they wrote before is not there for each other because of
   // it, but barriers are.
-  ESPARSE_DEVICE void BeginMeeting() const {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-  }
-  ESPARSE_DEVICE void EndMeeting() const {
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  }
+  ESPARSE_DEVICE void BeginMeeting() const { BeginClusterMeeting(); }
+  ESPARSE_DEVICE void EndMeeting() const { EndClusterMeeting(); }
 
   // ---- barriers: addresses of 8 bytes
 
@@ -137,28 +141,12 @@ class PrefillGpu {
   }
   // Until the phase of this parity has ended.
   ESPARSE_DEVICE void WaitBarrier(uint32_t barrier, uint32_t parity) const {
-    asm volatile(
-        "{\n"
-        ".reg .pred ended;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
-        "@!ended bra again;\n"
-        "}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
+    ESPARSE_WAIT_BARRIER("");
   }
 
   // The same, where other blocks of the cluster send what it counts.
   ESPARSE_DEVICE void WaitForSent(uint32_t barrier, uint32_t parity) const {
-    asm volatile(
-        "{\n"
-        ".reg .pred ended;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n"
-        "@!ended bra again;\n"
-        "}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
+    ESPARSE_WAIT_BARRIER(".acquire.cluster");
   }
   // To this address of the shared memory of a block of the cluster, whose `barrier` counts it.
   ESPARSE_DEVICE void SendTo(int rank, uint32_t address, float a, float b, float c, float d,
@@ -321,6 +309,7 @@ class PrefillGpu {
 #undef ESPARSE_REGISTERS_64
 #undef ESPARSE_REGISTERS_128
 #undef ESPARSE_WGMMA_SP
+#undef ESPARSE_WAIT_BARRIER
 
 }  // namespace esparse::cuda
 
