@@ -65,6 +65,8 @@ PARTS = tuple(_RAN)
 # with the channels split and not.
 PROMPT_SHAPE, PROMPT_ROWS = (704, 448), 600
 PROMPT_PLANS = (
+    {"rows": 16, "split": 1},
+    {"rows": 16, "split": 3},
     {"rows": 64, "split": 1},
     {"rows": 64, "split": 3},
     {"rows": 128, "outputs": 128, "split": 1},

@@ -57,10 +57,10 @@ _BEHIND = 1.1
 # Errors of so many roundings are told from those of a kernel that went astray.
 _ROUNDINGS = 8
 _WRONG, _NOT_TRIED = "wrong numbers", "not tried, since others like it failed"
-# Fewer rows are not tried with the prefill kernel, whose smallest tile has 64.
+# Fewer rows are not tried with the prefill kernel, whose smallest tile has 16.
 _LEAST_PREFILL_ROWS = 8
 # Tiles of rows of the prefill kernel, and for how many rows each may be the best.
-_FITTING_ROWS = ((64, 0, 128), (128, 64, 1024), (256, 128, math.inf))
+_FITTING_ROWS = ((16, 0, 16), (64, 16, 128), (128, 64, 1024), (256, 128, math.inf))
 # Below so many outputs, segment-K was reported to hang on Hopper (vllmbench, cuSPARSELt 0.7.1).
 _SEGMENT_K_OUT = 400
 

@@ -16,6 +16,7 @@ namespace {
 // All tiles that there are: rows x outputs, stages, blocks that share x. Stages, and what is to be
 // stored, fill the shared memory of a multiprocessor.
 #define ESPARSE_PREFILL_TILES(DO, NAME, T)     \
+  DO(NAME##_16x128, T, 16, 128, 9, 1)          \
   DO(NAME##_64x128, T, 64, 128, 5, 1)          \
   DO(NAME##_128x128, T, 128, 128, 8, 1)        \
   DO(NAME##_128x192, T, 128, 192, 6, 1)        \

@@ -30,6 +30,7 @@ namespace esparse::cuda {
 #define ESPARSE_TEN(t)                                                                             \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
   "9"
+#define ESPARSE_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define ESPARSE_REGISTERS_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " ESPARSE_TEN(1) ", " ESPARSE_TEN(2) ", %30, %31"
 #define ESPARSE_REGISTERS_60                                                                      \
@@ -267,7 +268,7 @@ class PrefillGpu {
   ESPARSE_DEVICE void MultiplySparse(float (&sum)[kColumns / 2], uint64_t weight, uint64_t rows,
                                      uint32_t indices, bool add_to) const {
     const int add = add_to;
-    static_assert(kColumns == 64 || kColumns == 128 || kColumns == 256);
+    static_assert(kColumns == 16 || kColumns == 64 || kColumns == 128 || kColumns == 256);
     if constexpr (kColumns == 256 && std::is_same_v<T, __half>) {
       ESPARSE_WGMMA_SP(256, "f16", ESPARSE_REGISTERS_128, ESPARSE_SUMS_128, 128, 129, 130, 131,
                        132);
@@ -278,10 +279,14 @@ class PrefillGpu {
       ESPARSE_WGMMA_SP(128, "f16", ESPARSE_REGISTERS_64, ESPARSE_SUMS_64, 64, 65, 66, 67, 68);
     } else if constexpr (kColumns == 128) {
       ESPARSE_WGMMA_SP(128, "bf16", ESPARSE_REGISTERS_64, ESPARSE_SUMS_64, 64, 65, 66, 67, 68);
-    } else if constexpr (std::is_same_v<T, __half>) {
+    } else if constexpr (kColumns == 64 && std::is_same_v<T, __half>) {
       ESPARSE_WGMMA_SP(64, "f16", ESPARSE_REGISTERS_32, ESPARSE_SUMS_32(0), 32, 33, 34, 35, 36);
-    } else {
+    } else if constexpr (kColumns == 64) {
       ESPARSE_WGMMA_SP(64, "bf16", ESPARSE_REGISTERS_32, ESPARSE_SUMS_32(0), 32, 33, 34, 35, 36);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      ESPARSE_WGMMA_SP(16, "f16", ESPARSE_REGISTERS_8, ESPARSE_SUMS_8(0), 8, 9, 10, 11, 12);
+    } else {
+      ESPARSE_WGMMA_SP(16, "bf16", ESPARSE_REGISTERS_8, ESPARSE_SUMS_8(0), 8, 9, 10, 11, 12);
     }
   }
 
@@ -304,6 +309,7 @@ class PrefillGpu {
 #undef ESPARSE_SUMS_64
 #undef ESPARSE_SUMS_128
 #undef ESPARSE_TEN
+#undef ESPARSE_REGISTERS_8
 #undef ESPARSE_REGISTERS_32
 #undef ESPARSE_REGISTERS_60
 #undef ESPARSE_REGISTERS_64

@@ -26,9 +26,10 @@ ffi::ErrorOr<PrefillPlan> CheckedPlan(const ffi::Span<const int32_t>& fields) {
   const PrefillPlan plan = PrefillPlanOf(fields.begin());
   if (!IsPlan(plan)) {
     return ffi::Unexpected(InvalidArgument(
-        "a plan of ", kProduct, " is rows 64, 128 or 256, outputs 128, or 192 with 128 rows and ",
-        "more, cluster 1, or 2 with 256 rows, group 1..64, split 1..", kMostSplit,
-        ", or 1 with a cluster of 2, tail 1..", kMostSplit,
+        "a plan of ", kProduct,
+        " is rows 16, 64, 128 or 256, outputs 128, or 192 with 128 rows and more, cluster 1, or 2 "
+        "with 256 rows, group 1..64, split 1..",
+        kMostSplit, ", or 1 with a cluster of 2, tail 1..", kMostSplit,
         ", or 1 with a split, and 0 for what is to be chosen; got ", plan.rows, ", ", plan.outputs,
         ", ", plan.cluster, ", ", plan.group, ", ", plan.split, ", ", plan.tail, "."));
   }

@@ -14,8 +14,8 @@
 // channels. A stage is full when its bytes are there, and empty when the warps of all blocks that
 // its part of x went to have multiplied it. Blocks stay for all their tiles, so that the stages
 // fill up for the next tile while the sums of this one are written: transposed through shared
-// memory, 32 rows of y at a time, and from there by the threads of the warpgroup. Tensor stores
-// were no faster (H200), and slower where no warp of its own loads.
+// memory, up to 32 rows of y at a time, and from there by the threads of the warpgroup. Tensor
+// stores were no faster (H200), and slower where no warp of its own loads.
 //
 // Where there are fewer tiles than blocks run at once, the channels are split among the blocks of a
 // cluster instead. Then 8 rows x 64 outputs of the sums are an item, and each block owns some. When
@@ -34,7 +34,6 @@
 
 namespace esparse::cuda {
 
-constexpr int kStoreRows = 32;
 constexpr int kChunk = 8;  // numbers of y in 16 bytes
 constexpr int kItemRows = 8, kItemBytes = kItemRows * kGroupOutputs * 4;
 
@@ -52,6 +51,7 @@ struct PrefillTile {
   static constexpr int kXBytes = rows * kStageChannels * 2;
   static constexpr int kStageBytes = kValueBytes + kXBytes;
   static constexpr int kIndexBytes = kGroupOutputs * kStageChannels / 8;  // of a warpgroup
+  static constexpr int kStoreRows = rows < 32 ? rows : 32;  // of y that are written at a time
   static constexpr int kStoreBytes = kStoreRows * kGroupOutputs * 2;
   static constexpr int kStoreAt = stages * kStageBytes;  // two for each warpgroup
   static constexpr int kIndicesAt = kStoreAt + 2 * groups * kStoreBytes;
@@ -266,6 +266,7 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p,
   const uint32_t my_bytes = lane & 1 ? 0x7531 : 0x6420;
 
   uint32_t turn = 0;  // stages that were multiplied
+  int first_place = 0;
   float sum[Tile::kRows / 2];
   // While it waits for the other warpgroups, products of its own are under way.
   const auto load = [&] {
@@ -323,17 +324,18 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p,
 
     // A thread writes every `kStep`th row of y, eight numbers of it.
     constexpr int kChunks = kGroupOutputs / kChunk, kStep = kGroupThreads / kChunks;
+    constexpr int kParts = Tile::kRows / Tile::kStoreRows;
     const uint32_t store = stages + Tile::kStoreAt + group * 2 * Tile::kStoreBytes;
     uint32_t from;
     uint16_t* to;
     int left;  // rows of y, from the first one of this thread on
     ESPARSE_UNROLL
-    for (int part = 0; part < Tile::kRows / kStoreRows; ++part) {
+    for (int part = 0; part < kParts; ++part) {
       // All have read what was here, since they met for the part before.
-      const int place = part % 2 * Tile::kStoreBytes;
+      const int place = (part + first_place) % 2 * Tile::kStoreBytes;
       ESPARSE_UNROLL
-      for (int half = 0; half < 2; ++half) {  // 16 rows of y, 16 outputs of this warp
-        const int at = (part * 4 + half * 2) * 4;
+      for (int half = 0; half < Tile::kStoreRows / 16; ++half) {  // of 16 outputs of this warp
+        const int at = part * Tile::kStoreRows / 2 + half * 8;
         const int mine = device.Anew(lane);
         const int matrix = mine >> 3, y_row = half * 16 + (matrix >> 1) * 8 + (mine & 7);
         const int chunk = (warp & 3) * 2 + (matrix & 1);
@@ -355,13 +357,16 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p,
         left = output < p.out ? p.rows - row - my_row : 0;
       }
       ESPARSE_UNROLL
-      for (int r = 0; r < kStoreRows; r += kStep) {
+      for (int r = 0; r < Tile::kStoreRows; r += kStep) {
         uint32_t four[4];
         device.LoadShared16(from + place + r * 128, four);
-        if (part * kStoreRows + r < left) device.Store16(to, four[0], four[1], four[2], four[3]);
+        if (part * Tile::kStoreRows + r < left) {
+          device.Store16(to, four[0], four[1], four[2], four[3]);
+        }
         to += kStep * p.out;
       }
     }
+    if (kParts % 2 != 0) first_place ^= 1;
   }
 }
 

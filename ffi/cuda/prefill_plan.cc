@@ -12,9 +12,9 @@ struct Tile {
   int rows, outputs, cluster;
   double stage;
 };
-constexpr Tile kTiles[] = {{64, 128, 1, 1},    {128, 128, 1, 1}, {128, 192, 1, 1.6},
-                           {256, 128, 1, 1},   {256, 128, 2, 1}, {256, 192, 1, 1.48},
-                           {256, 192, 2, 1.48}};
+constexpr Tile kTiles[] = {{16, 128, 1, 1},     {64, 128, 1, 1},    {128, 128, 1, 1},
+                           {128, 192, 1, 1.6},  {256, 128, 1, 1},   {256, 128, 2, 1},
+                           {256, 192, 1, 1.48}, {256, 192, 2, 1.48}};
 
 bool IsOf(const PrefillPlan& plan, const Tile& tile) {
   return (plan.rows == 0 || plan.rows == tile.rows) &&
@@ -33,10 +33,14 @@ int Tiles(const Product& product, int rows, int outputs, int wide) {
 
 // Into how many parts the channels are split: as many as all run at once. Parts of less than eight
 // stages gained nothing, nor did more than four of them, or than six where a multiprocessor has
-// room for two blocks (measured on an H200).
+// room for two blocks. With 16 rows a multiprocessor takes as long as W takes to come to it, and
+// parts that leave the busiest one as much of W only cost (all of it measured on an H200).
 int BestSplit(int tiles, int steps, const PrefillPlan& plan, const PrefillRoom& room) {
   const int most = PrefillResident(plan.rows) > 1 ? 6 : 4;
   for (int split = std::min(most, steps / 8); split > 1; --split) {
+    const bool lighter =
+        CeilDiv(tiles * split, room.multiprocessors) < split * CeilDiv(tiles, room.multiprocessors);
+    if (plan.rows == 16 && !lighter) continue;
     if (tiles * split <= room.multiprocessors * PrefillResident(plan.rows) &&
         tiles <= room.clusters(plan.rows, plan.outputs, split)) {
       return split;
@@ -46,8 +50,11 @@ int BestSplit(int tiles, int steps, const PrefillPlan& plan, const PrefillRoom& 
 }
 
 // What a second launch costs: stages times rows; and sums through shared memory: stages (measured
-// as well, these before blocks sent each other their sums).
+// as well, these before blocks sent each other their sums). A stage of fewer rows than 64 takes as
+// long, since it is W that it waits for.
 constexpr int kLaunchCost = 16 * 256, kSumsCost = 12;
+
+int CostlyRows(const PrefillPlan& plan) { return std::max(64, plan.rows); }
 
 // The same for the tiles that are left when all multiprocessors had as many as each other, if it
 // saves more than it costs.
@@ -58,7 +65,7 @@ int BestTail(const Product& product, const PrefillPlan& plan, const PrefillRoom&
   if (plan.split > 1 || tiles <= at_once || at_once < 1) return 1;
   const int left = tiles % at_once * plan.cluster;
   const int split = left == 0 ? 1 : BestSplit(left, steps, plan, room);
-  return (steps - CeilDiv(steps, split)) * plan.rows < kLaunchCost ? 1 : split;
+  return (steps - CeilDiv(steps, split)) * CostlyRows(plan) < kLaunchCost ? 1 : split;
 }
 
 // How many stages by a complete plan take until the last multiprocessor has ended.
@@ -68,7 +75,7 @@ double Stages(const Product& product, const PrefillPlan& plan, const PrefillRoom
   const int at_once = std::max(1, TeamsAtOnce(plan, room));
   if (plan.split > 1) return CeilDiv(steps, plan.split) + kSumsCost;
   if (plan.tail > 1 && tiles > at_once && tiles % at_once != 0) {
-    const int tail = CeilDiv(steps, plan.tail) + kLaunchCost / plan.rows;
+    const int tail = CeilDiv(steps, plan.tail) + kLaunchCost / CostlyRows(plan);
     return static_cast<double>(tiles / at_once) * steps + tail;
   }
   return static_cast<double>(CeilDiv(tiles, at_once)) * steps;
@@ -118,7 +125,9 @@ int BestRows(const Product& product, const PrefillPlan& given, const PrefillRoom
     plan.rows = rows;
     return IsPlan(plan);
   };
-  if (product.rows <= 64 && can(64)) return 64;
+  for (const int rows : {16, 64}) {
+    if (product.rows <= rows && can(rows)) return rows;
+  }
   const bool few =
       product.rows <= 128 || 2 * Tiles(product, 128, kLeastOutputs, 1) <= room.multiprocessors;
   return (few && can(128)) || !can(256) ? 128 : 256;

@@ -14,7 +14,7 @@ namespace esparse::cuda {
 
 // How the work is cut. Zero chooses by the shape and the device.
 struct PrefillPlan {
-  int32_t rows = 0;     // of x that a block multiplies at a time: 64, 128 or 256
+  int32_t rows = 0;     // of x that a block multiplies at a time: 16, 64, 128 or 256
   int32_t outputs = 0;  // that it computes of them: 128, or with 128 rows and more 192
   int32_t cluster = 0;  // 1, or of 256 rows 2 blocks, of neighbouring outputs, share what they load
   int32_t group = 0;    // 1..64 tiles of rows that are walked together, for the second-level cache
@@ -34,7 +34,7 @@ constexpr int kMostGroup = 64, kLeastOutputs = 128;
 bool IsPlan(const PrefillPlan& plan);
 
 // Blocks of so many rows that a multiprocessor has room for.
-constexpr int PrefillResident(int rows) { return rows == 64 ? 2 : 1; }
+constexpr int PrefillResident(int rows) { return rows <= 64 ? 2 : 1; }
 
 // What runs at once on a device.
 struct PrefillRoom {

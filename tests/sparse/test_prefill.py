@@ -70,11 +70,11 @@ def test_xla_records_it_where_it_records_calls(monkeypatch, records, prefetch):
 
 @needs_build
 @pytest.mark.parametrize(("plan", "match"), [
-    ({"rows": 32}, "rows of a plan is 32; it is one of 64, 128, 256, or left out"),
+    ({"rows": 96}, "rows of a plan is 96; it is one of 16, 64, 128, 256, or left out"),
     ({"cluster": 3}, "cluster of a plan is 3; it is one of 1, 2, or left out"),
     ({"cluster": 2, "split": 2}, "a cluster of 2 blocks has a split of 1"),
-    ({"cluster": 2, "rows": 128}, "are one of 64 x 128 in 1, .*, 256 x 192 in 2; got"),
-    ({"rows": 64, "outputs": 192}, "are one of 64 x 128 in 1, .*, 256 x 192 in 2; got"),
+    ({"cluster": 2, "rows": 128}, "are one of 16 x 128 in 1, .*, 256 x 192 in 2; got"),
+    ({"rows": 64, "outputs": 192}, "are one of 16 x 128 in 1, .*, 256 x 192 in 2; got"),
     ({"split": 2, "tail": 2}, "the channels of all tiles or of its tail, not both"),
     ({"tiles": 3}, r"the fields \('rows', 'outputs', .*, 'tail'\); got \['tiles'\]"),
 ])  # fmt: skip

@@ -63,6 +63,9 @@ def _exact(x, blob) -> np.ndarray:
     (150, (192, 320), {"stages": 8}),
     (300, (192, 192), {"tile": 256, "stages": 5, "cluster": 2}),
     (200, (128, 128), {"tile": 256, "stages": 5}),  # x has fewer rows than a tile
+    (16, (320, 1024), {"tile": 16, "stages": 9}),  # one tile after the other, written in turns
+    (5, (320, 1024), {"tile": 16, "stages": 9, "split": 8}),  # fewer items than blocks
+    (50, (192, 448), {"tile": 16, "stages": 9, "teams": 2, "tail": 3}),
     (17, (192, 448), {"tile": 64, "stages": 5, "split": 3}),  # parts of 2, 2 and 3 stages
     (40, (64, 1024), {"tile": 64, "stages": 5, "split": 2}),  # more stages than there is room for
     (100, (64, 512), {"tile": 64, "stages": 5, "split": 8}),
@@ -100,6 +103,7 @@ def test_the_kernels_source_computes_the_product(on_host, rows, shape, plan, dty
     (300, (192, 448), {"teams": 2, "group": 1}),
     (300, (192, 320), {"tile": 256, "stages": 5, "cluster": 2}),
     (17, (192, 448), {"tile": 64, "stages": 5, "split": 3}),
+    (16, (192, 832), {"tile": 16, "stages": 9, "split": 2}),
     (300, (320, 192), {"teams": 4, "tail": 2}),
     (300, (576, 320), WIDE | {"cluster": 2, "teams": 2}),
     (300, (320, 64), WIDE | {"teams": 2}),
@@ -129,9 +133,12 @@ def test_the_weight_may_come_before_the_kernel_before_has_ended(on_host, rows, s
     (128, (22016, 4096), {"outputs": 128}, (128, 128, 1, 8, 1, 2, 132, 40, 132)),
     # Too short to gain by a second launch.
     (256, (22016, 1024), {"outputs": 128}, (256, 128, 1, 8, 1, 1, 132, 0, 0)),
-    (16, (28672, 8192), {}, (64, 128, 1, 8, 1, 1, 224, 0, 0)),  # two blocks a multiprocessor
+    (16, (28672, 8192), {}, (16, 128, 1, 8, 1, 1, 224, 0, 0)),  # two blocks a multiprocessor
     (16, (28672, 8192), {"outputs": 192}, (128, 192, 1, 8, 1, 4, 132, 18, 132)),
-    (16, (34816, 8192), {}, (64, 128, 1, 8, 1, 6, 264, 8, 264)),
+    (16, (34816, 8192), {}, (16, 128, 1, 8, 1, 6, 264, 8, 264)),
+    (16, (14336, 1792), {}, (16, 128, 1, 8, 1, 1, 112, 0, 0)),  # in two parts as much of W
+    (16, (7168, 14336), {}, (16, 128, 1, 8, 4, 1, 56, 0, 0)),
+    (17, (14336, 1792), {}, (64, 128, 1, 8, 2, 1, 112, 0, 0)),
     (32, (4096, 4096), {}, (64, 128, 1, 8, 6, 1, 32, 0, 0)),
     (32, (5120, 4096), {}, (64, 128, 1, 8, 6, 1, 40, 0, 0)),
     (32, (5120, 2560), {}, (64, 128, 1, 8, 5, 1, 40, 0, 0)),  # eight stages a part
@@ -150,7 +157,7 @@ def test_the_work_is_cut_for_all_multiprocessors(on_host, rows, shape, plan, wan
 
 
 def test_what_a_plan_is_both_sides_agree_on(on_host):
-    values = ((0, 64, 96, 128, 256), (0, 64, 128, 192, 256), (0, 1, 2, 3), (0, 1, 64, 65),
+    values = ((0, 16, 64, 96, 128, 256), (0, 64, 128, 192, 256), (0, 1, 2, 3), (0, 1, 64, 65),
               (0, 1, 2, 8, 9), (0, 1, 2, 8, 9))  # fmt: skip
     for plan in itertools.product(*values):
         fields = {

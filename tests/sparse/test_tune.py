@@ -135,15 +135,18 @@ def test_every_way_is_measured_and_the_best_again(worker):
 
 
 def test_the_prefill_kernel_and_its_plans_are_for_more_than_some_rows(worker):
-    plan = {"rows": 64, "outputs": 128, "cluster": 1, "split": 4}
-    name = "prefill, rows 64, outputs 128, cluster 1, split 4"
-    worker.write({"prefill": 18.0, name: 15.0}, prefill=True, decode=False, algorithms=0)
+    def plan(rows):
+        return {"rows": rows, "outputs": 128, "cluster": 1, "split": 4}
+
+    names = [f"prefill, rows {rows}, outputs 128, cluster 1, split 4" for rows in (16, 64)]
+    times = {"prefill": 18.0} | dict.fromkeys(names, 15.0)
+    worker.write(times, prefill=True, decode=False, algorithms=0)
     records = worker.tune([1, 8, 64])
     assert records[1].prefill is None
     asked = worker.asked()
     assert {line["rows"] for line in asked if line["name"].startswith("prefill")} == {8, 64}
-    for rows in (8, 64):
-        assert records[rows].prefill == KernelTime(15.0, plan)
+    for rows, tile in ((8, 16), (64, 64)):
+        assert records[rows].prefill == KernelTime(15.0, plan(tile))
         assert records[rows].sparse == 15.0
         lines = [line for line in asked if line["rows"] == rows and line["effort"] == "coarse"]
         coarse = [line["name"] for line in lines]

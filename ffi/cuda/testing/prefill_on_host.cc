@@ -464,6 +464,7 @@ Outcome RunInstance(const Job& job, int stages) {
            job.plan.cluster == of_cluster;
   };
   // As the GPU has them.
+  if (is(16, 128, 9, 1)) return RunGrid<T, PrefillTile<16, 2, 9, 1>>(job);
   if (is(64, 128, 5, 1)) return RunGrid<T, PrefillTile<64, 2, 5, 1>>(job);
   if (is(128, 128, 8, 1)) return RunGrid<T, PrefillTile<128, 2, 8, 1>>(job);
   if (is(128, 192, 6, 1)) return RunGrid<T, PrefillTile<128, 3, 6, 1>>(job);
