@@ -16,8 +16,9 @@ after the other.
   `tuned`: by the one that the tuning table has for this product.
 - `decode`: the decode kernel, up to 16 rows, the weights being arguments of the jit and said to be
   so (`prefetch`); `careful`: the same without `prefetch`.
-- `prefill`: the prefill kernel, by its own rule, from 17 rows on.
-- `dispatch`: `sparse_matmul(x, blob)`, as a model calls it, by that table.
+- `prefill`: the prefill kernel, by its own rule.
+- `dispatch`: `sparse_matmul(x, blob)`, by that table, and up to 16 rows with `prefetch`, since the
+  weights are arguments of the jit, as in a model's decode step.
 - `bound`: the bytes of compressed weight, x and y over the bandwidth of a large device copy in the
   same run; `share`, what of `dispatch` it is. With many rows it is arithmetic that binds.
 - `ratio`: the fastest dense product over `dispatch`.
@@ -339,10 +340,10 @@ def measure(
             # So many that the start of a graph does not count.
             long = min(256, math.ceil(2000 / estimate(rows, weights.shape)))
             return decode_chain(inputs(max(long, len(blobs))), blobs, column == "decode", options)
-        if column == "prefill" and rows > MAX_ROWS and prefill_runs(this_machine().capability):
+        if column == "prefill" and prefill_runs(this_machine().capability):
             return chained(partial(sparse_matmul, backend="prefill"), blobs)
         if column == "dispatch":
-            return chained(sparse_matmul, blobs)
+            return chained(partial(sparse_matmul, prefetch=rows <= MAX_ROWS), blobs)
         return None
 
     # Compiled at once, timed one by one.
