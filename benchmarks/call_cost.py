@@ -31,7 +31,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -281,7 +281,7 @@ class Case:
         return f"{self.row['out']}x{self.row['channels']}, {self.row['rows']} rows"
 
 
-def device_cases(options: Options) -> Iterable[Case]:
+def device_cases(options: Options) -> Iterator[Case]:
     """The products, compiled, with their times in chains."""
     by_library = functools.partial(
         sparse_matmul, backend="cusparselt", algorithm=options.by_library()
@@ -700,22 +700,42 @@ class Run:
             write_text(self.options.json, json.dumps(report, indent=1, default=str) + "\n")
 
 
+def _without_call(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "call"}
+
+
 def run_all(run: Run) -> None:
-    """All parts; whatever is timed comes before the first profile, which may leave CUPTI behind."""
+    """All parts; whatever is timed comes before the first profile, which may leave CUPTI behind.
+
+    What there is so far is in the report, should a later part not end.
+    """
     options = run.options
-    host, cases = [], []
+    host: list[dict[str, Any]] = []
+    cases: list[Case] = []
+    waiting = device_cases(options)
+
+    def time_host(kind: str) -> None:
+        host.append(host_times(kind, options))
+        run.report["host"] = [_without_call(row) for row in host]
+
+    def time_next_case() -> bool:
+        case = next(waiting, None)
+        if case is not None:
+            cases.append(case)
+            run.report["device"] = [each.row for each in cases]
+        return case is not None
+
     if "host" in options.parts:
         for kind in ("elementwise", "decode", "cusparselt"):
-            row = run.guarded(f"host, {kind}", functools.partial(host_times, kind, options))
-            host += [] if row is None else [row]
+            run.guarded(f"host, {kind}", functools.partial(time_host, kind))
     if "device" in options.parts:
-        run.guarded("device, chains", lambda: cases.extend(device_cases(options)))
+        while run.guarded(f"device, chain {len(cases) + 1}", time_next_case):
+            pass
     for row in host:
         profiled = functools.partial(profile_host, row, options.chain[1])
         run.guarded(f"host, {row['kind']}, profiled", profiled)
     if "host" in options.parts:
-        rows = [{key: value for key, value in row.items() if key != "call"} for row in host]
-        run.report["host"] = rows
+        rows = run.report["host"] = [_without_call(row) for row in host]
         lines = [
             (
                 row["kind"],

@@ -363,6 +363,14 @@ def test_few_rows_are_for_the_prefill_kernel_only_where_it_was_faster(h200, hopp
 
 
 @needs_prefill
+def test_the_prefill_kernel_fetches_its_weight_early_from_seventeen_rows_on(h200, hopper):
+    for rows, early in ((9, "false"), (16, "false"), (17, "true"), (64, "true")):
+        text = lowered_here(rows, backend="prefill", prefetch=True)
+        assert is_prefill(text)
+        assert f"prefetch = {early}" in text, rows
+
+
+@needs_prefill
 def test_the_nearest_product_decides_between_the_prefill_kernel_and_the_library(h200, hopper):
     def measured(prefill, rows=128):
         kernel = KernelTime(prefill, {"rows": 256, "group": 4})
