@@ -729,7 +729,7 @@ def run_all(run: Run) -> None:
         for kind in ("elementwise", "decode", "cusparselt"):
             run.guarded(f"host, {kind}", functools.partial(time_host, kind))
     if "device" in options.parts:
-        while run.guarded(f"device, chain {len(cases) + 1}", time_next_case):
+        while run.guarded("device, chains", time_next_case):
             pass
     for row in host:
         profiled = functools.partial(profile_host, row, options.chain[1])

@@ -17,8 +17,8 @@ after the other.
 - `decode`: the decode kernel, up to 16 rows, the weights being arguments of the jit and said to be
   so (`prefetch`); `careful`: the same without `prefetch`.
 - `prefill`: the prefill kernel, by its own rule.
-- `dispatch`: `sparse_matmul(x, blob)`, by that table, and up to 16 rows with `prefetch`, since the
-  weights are arguments of the jit, as in a model's decode step.
+- `dispatch`: `sparse_matmul(x, blob)`, by that table, and up to 16 rows with `prefetch`, as who
+  calls it may whose weights are arguments of the jit.
 - `bound`: the bytes of compressed weight, x and y over the bandwidth of a large device copy in the
   same run; `share`, what of `dispatch` it is. With many rows it is arithmetic that binds.
 - `ratio`: the fastest dense product over `dispatch`.

@@ -36,7 +36,7 @@ class Options:
 
     shapes: tuple[str, ...] = tuple(SHAPES)
     """OUTxCHANNEL, multiples of 64."""
-    rows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    rows: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     dtype: str = "float16"
     replays: int = 5
     csv: Path | None = None

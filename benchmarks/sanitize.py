@@ -83,6 +83,7 @@ PROMPT_PLANS = (
 # And with the last tiles split, which takes more of them than an H200 or H100 runs at once.
 TAIL_SHAPE, TAIL_ROWS = (8512, 192), 800
 TAIL_PLANS = (
+    {"rows": 16, "split": 1, "tail": 3},
     {"rows": 64, "split": 1, "tail": 3},
     {"rows": 128, "outputs": 128, "split": 1, "tail": 2},
     {"rows": 128, "outputs": 192, "split": 1, "tail": 3},

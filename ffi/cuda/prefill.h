@@ -1,4 +1,4 @@
-// The 2:4 product for many rows of x (prompts) on Hopper, by its sparse warpgroup products: plan ->
+// The 2:4 product for any number of rows of x on Hopper, by its sparse warpgroup products: plan ->
 // launch.
 //
 // Plain CUDA, no XLA: prefill_handler.cc checks buffers and calls this. Nothing here waits for the

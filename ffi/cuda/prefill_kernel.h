@@ -266,7 +266,7 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p,
   const uint32_t my_bytes = lane & 1 ? 0x7531 : 0x6420;
 
   uint32_t turn = 0;  // stages that were multiplied
-  int first_place = 0;
+  int first_place = 0;  // of the two, where the first rows of the next tile go
   float sum[Tile::kRows / 2];
   // While it waits for the other warpgroups, products of its own are under way.
   const auto load = [&] {
@@ -331,7 +331,7 @@ ESPARSE_DEVICE void MultiplyStages(Device& device, const PrefillArgs& p,
     int left;  // rows of y, from the first one of this thread on
     ESPARSE_UNROLL
     for (int part = 0; part < kParts; ++part) {
-      // All have read what was here, since they met for the part before.
+      // All have read what was here, since they met for the part, or tile, before.
       const int place = (part + first_place) % 2 * Tile::kStoreBytes;
       ESPARSE_UNROLL
       for (int half = 0; half < Tile::kStoreRows / 16; ++half) {  // of 16 outputs of this warp

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <limits>
 
 namespace esparse::cuda {
 namespace {
@@ -33,20 +34,25 @@ int Tiles(const Product& product, int rows, int outputs, int wide) {
 
 // Into how many parts the channels are split: as many as all run at once. Parts of less than eight
 // stages gained nothing, nor did more than four of them, or than six where a multiprocessor has
-// room for two blocks. With 16 rows a multiprocessor takes as long as W takes to come to it, and
-// parts that leave the busiest one as much of W only cost (all of it measured on an H200).
+// room for two blocks. With 16 rows a multiprocessor takes as long as its part of W takes to come,
+// so it is the fewest parts that leave the busiest one the least (all of it measured on an H200).
 int BestSplit(int tiles, int steps, const PrefillPlan& plan, const PrefillRoom& room) {
   const int most = PrefillResident(plan.rows) > 1 ? 6 : 4;
-  for (int split = std::min(most, steps / 8); split > 1; --split) {
-    const bool lighter =
-        CeilDiv(tiles * split, room.multiprocessors) < split * CeilDiv(tiles, room.multiprocessors);
-    if (plan.rows == 16 && !lighter) continue;
-    if (tiles * split <= room.multiprocessors * PrefillResident(plan.rows) &&
-        tiles <= room.clusters(plan.rows, plan.outputs, split)) {
-      return split;
+  int best = 1;
+  double least = std::numeric_limits<double>::infinity();
+  for (int split = std::max(1, std::min(most, steps / 8)); split > 0; --split) {
+    if (split > 1 && (tiles * split > room.multiprocessors * PrefillResident(plan.rows) ||
+                      tiles > room.clusters(plan.rows, plan.outputs, split))) {
+      continue;
     }
+    if (plan.rows != kFewestRows) return split;
+    const double busiest =
+        static_cast<double>(CeilDiv(tiles * split, room.multiprocessors)) / split;
+    if (busiest > least) continue;
+    least = busiest;
+    best = split;
   }
-  return 1;
+  return best;
 }
 
 // What a second launch costs: stages times rows; and sums through shared memory: stages (measured
@@ -125,7 +131,7 @@ int BestRows(const Product& product, const PrefillPlan& given, const PrefillRoom
     plan.rows = rows;
     return IsPlan(plan);
   };
-  for (const int rows : {16, 64}) {
+  for (const int rows : {kFewestRows, 64}) {
     if (product.rows <= rows && can(rows)) return rows;
   }
   const bool few =

@@ -28,7 +28,7 @@ inline PrefillPlan PrefillPlanOf(const int32_t* fields) {
   static_assert(sizeof(PrefillPlan) == kPrefillPlanFields * sizeof(int32_t));
   return {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]};
 }
-constexpr int kMostGroup = 64, kLeastOutputs = 128;
+constexpr int kMostGroup = 64, kLeastOutputs = 128, kFewestRows = 16;
 
 // Whether a plan, its zeros among it, is one.
 bool IsPlan(const PrefillPlan& plan);

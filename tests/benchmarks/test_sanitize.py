@@ -235,12 +235,12 @@ def test_prompts_are_compared(module, monkeypatch):
         return sparse_matmul(x, weight, backend="reference")
 
     monkeypatch.setattr(module.ffi, "prefill", product)
-    assert module.prompts() == 40
-    parted = ((64, 128), (128, 128), (128, 192), (256, 128))
+    assert module.prompts() == 42
+    parted = ((16, 128), (64, 128), (128, 128), (128, 192), (256, 128))
     alone = {(*tile, 1, part) for tile in parted for part in ("", "split", "tail")}
-    without_tail = {(*tile, 1, part) for tile in ((16, 128), (256, 192)) for part in ("", "split")}
+    wide = {(256, 192, 1, part) for part in ("", "split")}
     shared = {(256, outputs, 2, part) for outputs in (128, 192) for part in ("", "tail")}
-    assert set(plans) == alone | without_tail | shared
+    assert set(plans) == alone | wide | shared
     monkeypatch.setattr(module.ffi, "prefill", lambda *a, **k: product(*a, **k).at[599, 3].add(9))
     with pytest.raises(SystemExit, match=r"a prompt is .* from float64"):
         module.prompts()
