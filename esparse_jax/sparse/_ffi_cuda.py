@@ -37,9 +37,10 @@ MOST_WARPS = 16  # of a multiprocessor
 PREFILL_CAPABILITY = "9.0"  # whose instructions the prefill kernel is made of
 # What the handlers take at most: rows of x of that kernel, and weights of any.
 PREFILL_MAX_ROWS, MAX_WEIGHTS = 1 << 24, 1 << 31
+PREFILL_FEWEST_ROWS = 16  # of its tiles
 # What a plan of it may be; see ffi/cuda/prefill_plan.h.
 PREFILL_PLAN_VALUES = {
-    "rows": (16, 64, 128, 256),
+    "rows": (PREFILL_FEWEST_ROWS, 64, 128, 256),
     "outputs": (128, 192),
     "cluster": (1, 2),
     "group": tuple(range(1, 65)),
@@ -48,7 +49,7 @@ PREFILL_PLAN_VALUES = {
 }
 # Rows, outputs and cluster of the blocks that there are.
 PREFILL_TILES = (
-    *((16, 128, 1), (64, 128, 1), (128, 128, 1), (128, 192, 1)),
+    *((PREFILL_FEWEST_ROWS, 128, 1), (64, 128, 1), (128, 128, 1), (128, 192, 1)),
     *((256, 128, 1), (256, 128, 2), (256, 192, 1), (256, 192, 2)),
 )
 

@@ -156,7 +156,8 @@ def prefill_plans(rows: int) -> list[dict[str, int]]:
         own = {"rows": tile, "outputs": outputs, "cluster": cluster}
         plans += [own | {"group": group, "split": 1} for group in groups]
         # Tiles of the fewest rows all run at once, but of more than 33,792 outputs on an H200.
-        plans += [own | {"split": 1, "tail": tail} for tail in (tails if tile > 16 else tails[:1])]
+        fitting_tails = tails[:1] if tile == _ffi_cuda.PREFILL_FEWEST_ROWS else tails
+        plans += [own | {"split": 1, "tail": tail} for tail in fitting_tails]
         if cluster == 1 and outputs == 128 and rows <= 2048:
             plans += [own | {"split": split} for split in (2, 3, 4, 6, 8)]
     return plans

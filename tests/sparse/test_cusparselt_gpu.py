@@ -96,8 +96,16 @@ def test_other_multiples_of_sixteen(shape, dtype):
     assert_product(sparse_matmul(x, blob), x, weight)
 
 
+def test_without_a_backend_more_than_sixteen_rows_take_it_if_an_algorithm_is_asked_for():
+    blob = device_blob24(compress24(weight24((256, 512), "float16")))
+    asked = jax.jit(functools.partial(sparse_matmul, algorithm=Algorithm(0)))
+    lowered = asked.lower(random_x(17, 512), blob).as_text()
+    assert native.extension().CUSPARSELT_MATMUL in lowered
+    assert "dot_general" not in lowered
+
+
 def test_without_a_backend_more_than_sixteen_rows_take_it_or_the_prefill_kernel():
-    """By what the machine's table says of the nearest product."""
+    """By what the machine's table says of the nearest product, see test_dispatch.py."""
     blob = device_blob24(compress24(weight24((256, 512), "float16")))
     lowered = jax.jit(sparse_matmul).lower(random_x(17, 512), blob).as_text()
     extension = native.extension()
