@@ -1,5 +1,6 @@
 """What calls cost: the judgements, and all parts by a GPU that is made up."""
 
+import contextlib
 import functools
 import importlib
 import json
@@ -277,3 +278,48 @@ def test_a_product_is_profiled_in_the_way_that_shows_its_kernels(modules, monkey
     assert len(synchronized) == 2
     assert call_cost.with_ratios(row)["kernel_ratio"] == 1
     assert "| 64x64 | 8 | 2.00 | 2.00 | 1.000 |" in "\n".join(call_cost.device_lines([row]))
+
+
+@pytest.mark.parametrize("refusal", [None, "an operation is not permitted"])
+def test_pytorchs_calls_are_timed_in_a_graph_or_not_at_all(modules, monkeypatch, refusal):
+    call_cost, _ = modules
+    modes, replays = [], []
+
+    class Graph:
+        def replay(self):
+            replays.append(True)
+
+    class Cuda:
+        CUDAGraph = Graph
+
+        @staticmethod
+        def synchronize():
+            pass
+
+        @staticmethod
+        @contextlib.contextmanager
+        def graph(graph, capture_error_mode):
+            modes.append(capture_error_mode)
+            if refusal is not None:
+                raise RuntimeError(refusal)
+            yield
+
+    class FakeTorch:
+        cuda = Cuda
+
+    monkeypatch.setattr(call_cost, "torch", FakeTorch)
+    side = object.__new__(call_cost.Torch)
+    side._xs, side._weights, side._graph, side.why_no_graph = ["x"], ["a", "b"], None, None
+    products = []
+    monkeypatch.setattr(side, "product", lambda x, weight: products.append((x, weight)))
+    side.capture()
+    products.clear()
+    side.call()
+    assert modes == ["thread_local"]  # JAX's threads ask the GPU meanwhile
+    if refusal is None:
+        assert (side.why_no_graph, len(replays), products) == (None, 2, [])
+        return
+    assert products == [("x", "a"), ("x", "b")]
+    row = {"out": 64, "channels": 64, "rows": 8, "torch_no_graph": side.why_no_graph}
+    said = "\n".join(call_cost.device_lines([call_cost.with_ratios(row)]))
+    assert f"no chain of PyTorch's, for want of a graph: RuntimeError: {refusal}" in said
