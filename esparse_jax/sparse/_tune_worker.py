@@ -168,8 +168,8 @@ class Bench:
         kind = fields.pop("kind")
         if kind == "dense":
             return {"microseconds": self._time_chain(_dense, self._dense_copies())}
-        if kind == "pieces":
-            return self._time_pieces()
+        if kind in ("pieces", "prefetch"):
+            return self._time_rule(prefetch=kind == "prefetch")
         if effort == "chain":
             return self._time_blobs(self._product(kind, fields))
         if kind in ("decode", "prefill"):
@@ -263,8 +263,11 @@ class Bench:
     ) -> float:
         return search.time(self._operand, blobs, launches=launches, replays=replays, y=y)
 
-    def _time_pieces(self) -> dict[str, Any]:
-        product = functools.partial(_ffi_cuda.decode_in_pieces, out=self._shape[0])
+    def _time_rule(self, *, prefetch: bool) -> dict[str, Any]:
+        """The decode kernel by its own rule, as users compute it: checked, then in a chain."""
+        product = functools.partial(
+            _ffi_cuda.decode_in_pieces, out=self._shape[0], prefetch=prefetch
+        )
         y = jax.jit(product)(self._operand, self._blob.data)
         unused = self._most_rows - self._rows
         worst = float(

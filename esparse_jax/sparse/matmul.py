@@ -440,14 +440,15 @@ def _ways(choice: _Choice, rows: int) -> list[Way]:
     kernel if there are few rows, as the nearest product, by the prefill kernel, and by the
     library's own choice.
 
-    A decode kernel that crashed, hung or computed wrong numbers is not among them. A prefill kernel
-    that did so for any product is there only where it was measured since. For more than 16 rows the
-    decode kernel, which is then called for every 16 of them, is there only where that was measured,
-    and an algorithm that is asked for decides for the library.
+    A decode kernel that crashed, hung or computed wrong numbers is not among them, nor is one that
+    did so when told `prefetch`, where it would be. A prefill kernel that did so for any product is
+    there only where it was measured since. For more than 16 rows the decode kernel, which is then
+    called for every 16 of them, is there only where that was measured, and an algorithm that is
+    asked for decides for the library.
     """
     record, few = _measured(choice, rows), rows <= _ffi_cuda.MAX_ROWS
     failed = {} if record is None else record.failed
-    ways = [] if record is None else record.ways()
+    ways = [] if record is None else record.ways(prefetch=choice.prefetch)
     if few:
         ways.append(Way("decode", math.inf))
     ways += _nearest(choice, rows)
@@ -456,8 +457,9 @@ def _ways(choice: _Choice, rows: int) -> list[Way]:
     ways.append(Way("cusparselt", math.inf))
     asked = choice.algorithm is not None
     pieces = record is not None and rows <= record.rows and not asked
+    broken = "decode" in failed or (choice.prefetch and "prefetch" in failed)
     runs = {
-        "decode": _ffi_cuda.decode_available() and (few or pieces) and "decode" not in failed,
+        "decode": _ffi_cuda.decode_available() and (few or pieces) and not broken,
         "prefill": _prefill_runs(choice, rows) and not asked and "prefill" not in failed,
         "cusparselt": True,
     }

@@ -97,8 +97,9 @@ class Candidate(NamedTuple):
     """One way to compute a product.
 
     Attributes:
-        kind: "dense", "decode" (up to 16 rows), "pieces" (the decode kernel for every 16 rows),
-            "prefill" (8 rows and more) or "cusparselt".
+        kind: "dense", "decode" (up to 16 rows), "prefetch" (the decode kernel by its own rule, told
+            that its weight is complete), "pieces" (the decode kernel for every 16 rows), "prefill"
+            (8 rows and more) or "cusparselt".
         plan: Of one of our kernels; empty for its own rule.
         algorithm: Of cuSPARSELt.
     """
@@ -421,6 +422,9 @@ class _Search:
         plans = [{}, *prefill_plans(rows)]
         return [Candidate("prefill", plan=tuple(plan.items())) for plan in plans]
 
+    def _prefetch(self, rows: int) -> list[Candidate]:
+        return [Candidate("prefetch")] if self._plans(rows) else []
+
     def _pieces(self, rows: int) -> list[Candidate]:
         """Two calls of the decode kernel; more never won."""
         twice = self._facts["decode"] and rows == 2 * _ffi_cuda.MAX_ROWS
@@ -442,6 +446,7 @@ class _Search:
         for rows in self._rows:
             yield Candidate("dense")
             yield from self._plans(rows)
+            yield from self._prefetch(rows)
             yield from self._pieces(rows)
             yield from self._prefill_plans(rows)
         for _ in {_library_rows(rows) for rows in self._rows}:
@@ -453,7 +458,12 @@ class _Search:
         for candidate in self._pieces(rows):
             microseconds = self._time(rows, candidate)
             return None if microseconds is None else KernelTime(microseconds)
-        return self._kernel(rows, self._plans(rows))
+        found = self._kernel(rows, self._plans(rows))
+        for candidate in self._prefetch(rows):
+            microseconds = self._time(rows, candidate)
+            if found is not None:
+                found = dataclasses.replace(found, prefetch=microseconds)
+        return found
 
     def _kernel(self, rows: int, plans: list[Candidate]) -> KernelTime | None:
         """The best of a kernel's own rule, which comes first, and its plans."""
@@ -558,7 +568,7 @@ class _Search:
                 },
                 self._limits.start,
                 self._limits.dense
-                if effort == "chain" or candidate.kind in ("dense", "pieces")
+                if effort == "chain" or candidate.kind in ("dense", "pieces", "prefetch")
                 else self._limits.candidate,
             )
         except _LostError as lost:

@@ -133,6 +133,21 @@ def test_the_fastest_way_is_taken():
 
 
 @needs_kernel
+def test_a_weight_that_is_fetched_early_is_timed_beside():
+    measured = record(16, library=6.0)
+    for early, faster in ((5.0, True), (7.0, False)):
+        kernel = KernelTime(5.5 if not faster else 6.5, PLAN, prefetch=early)
+        tuned = table(dataclasses.replace(measured, decode=kernel))
+        told, untold = (lowered(16, tuned, prefetch=told) for told in (True, False))
+        assert (is_decode(told), is_decode(untold)) == (faster, not faster)
+        assert (RULE_TEXT if faster else PLAN_TEXT) in (told if faster else untold)
+    failed = {"prefetch": "with 8 rows: wrong numbers, 40 times too far"}
+    tuned = table(dataclasses.replace(measured, decode=KernelTime(5.0), failed=failed))
+    assert algorithm_of(lowered(16, tuned, prefetch=True)) == 5
+    assert is_decode(lowered(16, tuned))
+
+
+@needs_kernel
 def test_without_a_record_the_rows_decide():
     near = table(record(16, library=1.0, id=4), record(64, library=1.0, id=6))
     for tuned, algorithm in ((None, -1), (table(), -1), (near, 4)):

@@ -62,7 +62,7 @@ FULL = table(
         "float16",
         16,
         11.1,
-        KernelTime(7.5, PLAN),
+        KernelTime(7.5, PLAN, prefetch=7.25),
         LibraryTime(10.5, Algorithm(12, split_k=-1, workspace_bytes=4096)),
         {"cusparselt, id 17": "with 16 rows: no answer within 20 s"},
     ),
@@ -116,6 +116,14 @@ def test_ways_are_sorted_by_their_times():
     assert [way.kind for way in many.ways()] == ["prefill", "cusparselt"]
     assert many.ways()[0].plan == {"rows": 128}
     assert many.sparse == 8.0
+    early = KernelTime(7.0, PLAN, prefetch=5.5)
+    both = dataclasses.replace(record(library=6.0), decode=early)
+    assert [way.kind for way in both.ways()] == ["cusparselt", "decode"]
+    decode, library = both.ways(prefetch=True)
+    assert (decode.kind, decode.microseconds, decode.plan) == ("decode", 5.5, None)
+    assert library.kind == "cusparselt"
+    assert both.sparse == 6.0
+    assert record(decode=7.0, library=6.0).ways(prefetch=True)[1].microseconds == 7.0
     assert record(dense=1.0).ways() == []
     assert record(dense=1.0).sparse is None
 
@@ -285,6 +293,11 @@ def _changed(**changes) -> dict:
         ({"records__1__decode": 7.5}, "decode is 7.5; it must be an object"),
         ({"records__1__decode": {}}, "decode lacks microseconds"),
         ({"records__1__decode__microseconds": False}, "decode's microseconds is False; a time"),
+        ({"records__1__decode__prefetch": -1}, "decode's prefetch is -1; a time is a positive"),
+        (
+            {"records__1__prefill": {"microseconds": 5.0, "prefetch": 5.0}},
+            "prefill has the unknown prefetch",
+        ),
         ({"records__1__decode__plan": []}, r"plan is \[\]; it must be an object"),
         ({"records__1__decode__plan__tile": 1}, "plan has the unknown tile"),
         ({"records__1__decode__plan__warps": 5}, "warps of a plan is 5; it is one of 4, 8, 16"),

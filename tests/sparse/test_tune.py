@@ -91,6 +91,7 @@ def test_every_way_is_measured_and_the_best_again(worker):
             "dense": 30.0,
             "decode": 12.0,
             PLAN_NAME: 9.0,
+            "prefetch": 11.0,
             "cusparselt, id 2, split_k -1": {"microseconds": 15.0, "workspace_bytes": 64},
         }
     )
@@ -104,7 +105,7 @@ def test_every_way_is_measured_and_the_best_again(worker):
     (record,) = table.records
     assert (record.out, record.channels, record.dtype, record.rows) == (*SHAPE, "bfloat16", 16)
     assert record.dense == 30.0
-    assert record.decode == KernelTime(9.0, PLAN)
+    assert record.decode == KernelTime(9.0, PLAN, prefetch=11.0)
     assert record.cusparselt == LibraryTime(15.0, Algorithm(2, split_k=-1, workspace_bytes=64))
     assert record.failed == {}
     assert record.chained
@@ -114,7 +115,8 @@ def test_every_way_is_measured_and_the_best_again(worker):
     algorithms = [f"cusparselt, id {i}{split}" for split in ("", ", split_k -1") for i in range(3)]
     assert coarse[0] == "dense"
     assert coarse[1] == "decode"
-    assert len(coarse) == 2 + 80 + 6
+    assert coarse[82] == "prefetch"
+    assert len(coarse) == 2 + 80 + 1 + 6
     assert coarse[-6:] == algorithms
     finals = [line["name"] for line in asked if line["effort"] == "thorough"]
     assert finals.count("decode") == finals.count(PLAN_NAME) == 3
@@ -125,7 +127,7 @@ def test_every_way_is_measured_and_the_best_again(worker):
     # Each is told the best so far of its kind, so that it need not be timed if it is hopeless.
     assert [line["best"] for line in asked[1:3]] == [None, 12.0]
     assert asked[-1]["best"] is None
-    assert [(p.done, p.total) for p in seen] == [(i + 1, 88) for i in range(88)]
+    assert [(p.done, p.total) for p in seen] == [(i + 1, 89) for i in range(89)]
     assert {(p.shape, p.rows) for p in seen} == {(SHAPE, 16)}
     (start,) = worker.starts()
     assert start["preallocate"] == "false"
@@ -180,14 +182,14 @@ def test_who_fails_in_a_chain_gives_way_to_the_next(worker):
         }
     )
     (record,) = worker.tune([16]).values()
-    assert record.decode == KernelTime(12.5)
+    assert record.decode == KernelTime(12.5, prefetch=20.0)
     assert record.cusparselt == LibraryTime(15.0, Algorithm(1, workspace_bytes=48))
     assert list(record.failed) == ["cusparselt, id 0"]
 
     rule = [10.0, 10.0, 10.0, 10.0, {"refused": "no memory"}]
     worker.write({"decode": rule, PLAN_NAME: [10.0, 10.0, 10.0, 10.0, 11.5]}, algorithms=0)
     (record,) = worker.tune([8]).values()
-    assert record.decode == KernelTime(11.5, PLAN)
+    assert record.decode == KernelTime(11.5, PLAN, prefetch=20.0)
     worker.write({"decode": rule, "dense": 30.0}, default={"refused": "no"}, algorithms=0)
     (record,) = worker.tune([1]).values()
     assert (record.decode, record.failed) == (None, {})  # it computes, and may be used elsewhere
@@ -204,8 +206,19 @@ def test_who_fails_in_a_chain_gives_way_to_the_next(worker):
 def test_a_plan_must_beat_the_rule_by_more_than_noise(worker, rule, plan, wins):
     worker.write({"decode": rule, PLAN_NAME: plan}, algorithms=0)
     (record,) = worker.tune([1]).values()
-    assert record.decode == (KernelTime(9.7, PLAN) if wins else KernelTime(10.0, None))
+    assert record.decode == KernelTime(*((9.7, PLAN) if wins else (10.0, None)), prefetch=20.0)
     assert record.cusparselt is None
+
+
+def test_a_weight_that_is_fetched_early_is_timed_beside(worker):
+    worker.write({"decode": 10.0, "prefetch": {"wrong": 40.0}}, algorithms=0)
+    records = worker.tune([1, 8])
+    assert {rows: record.decode for rows, record in records.items()} == {
+        1: KernelTime(10.0), 8: KernelTime(10.0),
+    }  # fmt: skip
+    failed = {"prefetch": "with 1 rows: wrong numbers, 40 times too far"}
+    assert records[1].failed == records[8].failed == failed  # and is not asked again
+    assert [line["name"] for line in worker.asked()].count("prefetch") == 1
 
 
 def test_rows_ask_for_what_can_serve_them(worker):
@@ -215,8 +228,8 @@ def test_rows_ask_for_what_can_serve_them(worker):
         rows: {line["name"].split(",")[0] for line in worker.asked() if line["rows"] == rows}
         for rows in (1, 8, 32, 64)
     }
-    assert kinds[1] == {"dense", "decode"}  # the library is given 8 rows for one
-    assert kinds[8] == {"dense", "decode", "cusparselt"}
+    assert kinds[1] == {"dense", "decode", "prefetch"}  # the library is given 8 rows for one
+    assert kinds[8] == {"dense", "decode", "prefetch", "cusparselt"}
     assert kinds[32] == {"dense", "pieces", "cusparselt"}
     assert kinds[64] == {"dense", "cusparselt"}
     assert records[1].cusparselt == records[8].cusparselt is not None
@@ -321,7 +334,7 @@ def test_a_rule_that_computes_wrong_numbers_leaves_the_library(worker):
 
 
 def test_too_many_failures_end_the_search_of_a_family(worker, caplog):
-    worker.write({"dense": 30.0, "decode": 9.0}, default="exit", algorithms=40)
+    worker.write({"dense": 30.0, "decode": 9.0, "prefetch": 9.0}, default="exit", algorithms=40)
     with caplog.at_level(logging.WARNING):
         records = worker.tune([8, 16], dataclasses.replace(QUICK, restarts=2))
     assert len(worker.starts()) == 7
@@ -700,6 +713,8 @@ def test_the_best_is_timed_as_the_dense_product_is(monkeypatch):
     for candidate, options in (
         ({"kind": "prefill", "plan": {"rows": 64}}, {"out": 512, "plan": {"rows": 64}}),
         (DECODE, {"out": 512, "plan": {"tiles": 3}}),
+        ({"kind": "prefetch"}, {"out": 512, "prefetch": True}),
+        ({"kind": "pieces"}, {"out": 512, "prefetch": False}),
         (
             {"kind": "cusparselt", "id": 3, "split_k": -1},
             {"backend": "cusparselt", "algorithm": Algorithm(3, split_k=-1)},
