@@ -214,8 +214,13 @@ class Torch:
         else:
             self._graph.replay()
 
-    def microseconds(self, expected: float, batches: int) -> float:
-        """Of a product: the median over batches."""
+    def microseconds(self, expected: float, batches: int) -> float | None:
+        """Of a product in the graph: the median over batches.
+
+        None without a graph: there PyTorch plans each call anew, which takes 0.2 s of the host.
+        """
+        if self._graph is None:
+            return None
         replays = max(1, math.ceil(1e4 / (expected * self.products)))
         times = []
         for _ in range(batches + 2):
@@ -311,10 +316,8 @@ def device_cases(options: Options) -> Iterator[Case]:
                     bits = [tensor.contiguous().view(torch.int16) for tensor in (y, theirs.first())]
                     row["same_bits"] = bool(bits[0].shape == bits[1].shape and torch.equal(*bits))
                     theirs.capture()
+                    row["torch_chain"] = theirs.microseconds(expected, options.batches)
                     row["torch_no_graph"] = theirs.why_no_graph
-                    # Without one PyTorch plans each call anew, which takes 0.2 s of the host.
-                    if theirs.why_no_graph is None:
-                        row["torch_chain"] = theirs.microseconds(expected, options.batches)
             except Exception as error:  # of memory that is missing, or a refused algorithm
                 row["failed"] = _line(error)
                 yield Case(row, None, None, None)

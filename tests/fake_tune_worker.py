@@ -10,7 +10,8 @@ script is
     default    the answer for every other candidate
 
 An answer is a number of microseconds; a list of them, for one request after the other; "crash",
-"hang", "exit" or "silent" (dies before it begins); or an object, the fields of a report's end.
+"hang", "exit" or "silent" (dies before it begins); or an object, the fields of a report's end, with
+`after`, seconds that it takes.
 """
 
 import json
@@ -73,7 +74,8 @@ def main() -> None:
             sys.exit(1)
         if answer == "hang":
             time.sleep(600)
-        fields = answer if isinstance(answer, dict) else {"microseconds": answer}
+        fields = dict(answer) if isinstance(answer, dict) else {"microseconds": answer}
+        time.sleep(fields.pop("after", 0))
         report(end=request["candidate"], **fields)
         if "failed" in fields:
             sys.exit(1)

@@ -601,8 +601,8 @@ class Tune:
             console.print(line, markup=False, highlight=False)
         written = self.output or table_file(machine)
         console.print(
-            f"{dtype} on {machine}, microseconds a product; * by a plan of its own. Kept in "
-            f"{written}.",
+            f"{dtype} on {machine}, microseconds a product; * by a plan of its own; prefetch: the "
+            f"decode kernel that fetches its weight early. Kept in {written}.",
             markup=False,
             highlight=False,
         )

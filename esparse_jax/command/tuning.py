@@ -78,7 +78,8 @@ def _config(model: Path | None) -> LlamaConfig | None:
 
 
 HEADER = (
-    f"{'out x channels':>15s} {'rows':>6s} {'dense':>9s} {'decode':>9s} {'prefill':>9s} "
+    f"{'out x channels':>15s} {'rows':>6s} {'dense':>9s} {'decode':>9s} {'prefetch':>9s} "
+    f"{'prefill':>9s} "
     f"{'cuSPARSELt':>11s}  "
     f"{'algorithm':<16s} {'dense / 2:4':>11s}"
 )
@@ -118,10 +119,15 @@ def _line(record: Record) -> str:
     ratio = "-" if dense is None or sparse is None else f"{dense / sparse:.2f}"
     return (
         f"{f'{record.out}x{record.channels}':>15s} {record.rows:6d} "
-        f"{'-' if dense is None else f'{dense:.2f}':>9s} {_kernel(record.decode):>9s} "
+        f"{_time(dense):>9s} {_kernel(record.decode):>9s} "
+        f"{_time(record.decode and record.decode.prefetch):>9s} "
         f"{_kernel(record.prefill):>9s} {library:>11s}  "
         f"{algorithm:<16s} {ratio:>11s}"
     )
+
+
+def _time(microseconds: float | None) -> str:
+    return "-" if microseconds is None else f"{microseconds:.2f}"
 
 
 def _kernel(time: KernelTime | None) -> str:

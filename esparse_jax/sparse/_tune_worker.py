@@ -4,9 +4,9 @@
 
 Lines of JSON on stdin and stdout. The first line in is the job; the answer is `{"ready": facts}`,
 or `{"error": message}` where nothing can be measured here. Every further line in is a request, with
-`rows`, a `candidate`, an `effort` (coarse or thorough: in a graph of the candidate alone; chain: as
-the dense product, which knows no other) and the `best` time so far. It is answered by
-`{"begin": candidate}` when its operands are there and `{"end": candidate, ...}` with one of
+`rows`, a `candidate`, an `effort` (coarse or thorough: in a graph of the candidate alone; chain: in
+a jitted chain, as dense, pieces and prefetch always are) and the `best` time so far. It is answered
+by `{"begin": candidate}` when its operands are there and `{"end": candidate, ...}` with one of
 
     microseconds   of a product
     refused        why it cannot be run; nothing happened

@@ -313,18 +313,16 @@ def _batchable_blob(choice: _Choice):
             return _only_on(platform, call, x, data, backend=backend)
         return jax.lax.platform_dependent(x, data, **{platform: call}, default=default)
 
-    def decode(x, data, plan=None, default=None):
+    def decode(x, data, way=None, default=None):
         """By the decode kernel on CUDA; where it is lowered for another, by the default, or refused
         if there is none.
         """
 
         def call(x, data):
-            if backend == "decode":  # which refuses more than 16 rows
+            if way is None:  # backend="decode", which refuses more than 16 rows
                 return _ffi_cuda.decode(x, data, out=shape[0], prefetch=prefetch)[0]
-            # A plan is measured for a product that starts when the kernel before has ended; the
-            # kernel's own rule is for one that fetches its weight before that.
             return _ffi_cuda.decode_in_pieces(
-                x, data, out=shape[0], prefetch=prefetch, plan=None if prefetch else plan
+                x, data, out=shape[0], prefetch=way.prefetch, plan=way.plan
             )
 
         return on("cuda", call, x, data, default)
@@ -359,7 +357,7 @@ def _batchable_blob(choice: _Choice):
         """In the first of the ways that this machine has."""
         for way in _ways(choice, x.shape[0]):
             if way.kind == "decode":
-                return decode(x, data, way.plan, default=unpacked)
+                return decode(x, data, way, default=unpacked)
             if way.kind == "prefill":
                 return prefilled(x, data, way.plan, default=unpacked)
             readers = blob24_readers() if _ffi_cusparselt.opened_library() else ()
@@ -440,26 +438,26 @@ def _ways(choice: _Choice, rows: int) -> list[Way]:
     kernel if there are few rows, as the nearest product, by the prefill kernel, and by the
     library's own choice.
 
-    A decode kernel that crashed, hung or computed wrong numbers is not among them, nor is one that
-    did so when told `prefetch`, where it would be. A prefill kernel that did so for any product is
-    there only where it was measured since. For more than 16 rows the decode kernel, which is then
-    called for every 16 of them, is there only where that was measured, and an algorithm that is
+    A decode kernel that crashed, hung or computed wrong numbers is not among them; one that did so
+    when it fetched its weight early does not. A prefill kernel that did so for any product is there
+    only where it was measured since. For more than 16 rows the decode kernel, which is then called
+    for every 16 of them, is there only where that was measured, as it was; and an algorithm that is
     asked for decides for the library.
     """
     record, few = _measured(choice, rows), rows <= _ffi_cuda.MAX_ROWS
     failed = {} if record is None else record.failed
-    ways = [] if record is None else record.ways(prefetch=choice.prefetch)
+    early = choice.prefetch and few and "prefetch" not in failed
+    ways = [] if record is None else record.ways(prefetch=early)
     if few:
-        ways.append(Way("decode", math.inf))
+        ways.append(Way("decode", math.inf, prefetch=early))
     ways += _nearest(choice, rows)
     if not _has_failed(choice, "prefill"):
         ways.append(Way("prefill", math.inf))
     ways.append(Way("cusparselt", math.inf))
     asked = choice.algorithm is not None
     pieces = record is not None and rows <= record.rows and not asked
-    broken = "decode" in failed or (choice.prefetch and "prefetch" in failed)
     runs = {
-        "decode": _ffi_cuda.decode_available() and (few or pieces) and not broken,
+        "decode": _ffi_cuda.decode_available() and (few or pieces) and "decode" not in failed,
         "prefill": _prefill_runs(choice, rows) and not asked and "prefill" not in failed,
         "cusparselt": True,
     }

@@ -57,8 +57,8 @@ PathLike = str | os.PathLike[str]
 class KernelTime:
     """One of our kernels: microseconds, and the plan where one beats the kernel's own rule.
 
-    `prefetch`, of the decode kernel: microseconds by that rule, where it fetches its weight before
-    the kernel before has ended, as `sparse_matmul` has it do when told that it may.
+    `prefetch`, of the decode kernel alone: microseconds by that rule, where it fetches its weight
+    before the kernel before has ended, as `sparse_matmul` has it do when told that it may.
     """
 
     microseconds: float
@@ -75,12 +75,17 @@ class LibraryTime:
 
 
 class Way(NamedTuple):
-    """One way to compute a product; `plan` is of one of our kernels, `algorithm` cuSPARSELt's."""
+    """One way to compute a product.
+
+    `plan` is of one of our kernels, `algorithm` cuSPARSELt's; `prefetch`, that the decode kernel
+    fetches its weight early.
+    """
 
     kind: Literal["decode", "prefill", "cusparselt"]
     microseconds: float
     plan: Mapping[str, int] | None = None
     algorithm: Algorithm | None = None
+    prefetch: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +124,22 @@ class Record:
         return self.dtype, self.out, self.channels, self.rows
 
     def ways(self, *, prefetch: bool = False) -> list[Way]:
-        """From the device form, the fastest first; for a product that is told `prefetch`, by what
-        the decode kernel takes then, where that was timed.
+        """From the device form, the fastest first.
+
+        Args:
+            prefetch: The decode kernel may fetch its weight early. It does where that was timed and
+                is no slower, and where it was not timed, for it is then taken to be as fast.
         """
         found = []
-        for kind, kernel in (("decode", self.decode), ("prefill", self.prefill)):
-            if kernel is not None and prefetch and kernel.prefetch is not None:
-                found.append(Way(kind, kernel.prefetch))
-            elif kernel is not None:
-                found.append(Way(kind, kernel.microseconds, plan=kernel.plan))
+        decode = self.decode
+        if decode is not None and prefetch and decode.prefetch is None:
+            found.append(Way("decode", decode.microseconds, prefetch=True))
+        elif decode is not None and prefetch and decode.prefetch <= decode.microseconds:
+            found.append(Way("decode", decode.prefetch, prefetch=True))
+        elif decode is not None:
+            found.append(Way("decode", decode.microseconds, plan=decode.plan))
+        if self.prefill is not None:
+            found.append(Way("prefill", self.prefill.microseconds, plan=self.prefill.plan))
         if self.cusparselt is not None:
             library = self.cusparselt
             found.append(Way("cusparselt", library.microseconds, algorithm=library.algorithm))
@@ -135,7 +147,7 @@ class Record:
 
     @property
     def sparse(self) -> float | None:
-        """Microseconds of the fastest way from the device form."""
+        """Microseconds of the fastest way from the device form, without `prefetch`."""
         return self.ways()[0].microseconds if self.ways() else None
 
 
@@ -243,8 +255,8 @@ def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
     """The records of both; where both have one, the newer's.
 
     But what a search of some algorithms found replaces what a full one did only where it is faster;
-    the prefill kernel, which such a search has in full, is taken over where it ran. Times of two
-    kinds (`Record.chained`) are not mixed in one record.
+    of our kernels, which such a search has in full, it is taken over where they ran or failed.
+    Times of two kinds (`Record.chained`) are not mixed in one record.
 
     Raises:
         ValueError: They are for different machines.
@@ -265,14 +277,22 @@ def merge_tables(older: TuningTable, newer: TuningTable) -> TuningTable:
             or _faster(record, before)
         ):
             records[record.key] = record
-        elif record.prefill is not None:
-            failed = {
-                name: reason
-                for name, reason in before.failed.items()
-                if not name.startswith("prefill")
-            }
-            records[record.key] = dataclasses.replace(before, prefill=record.prefill, failed=failed)
+        else:
+            records[record.key] = _with_kernels(before, record)
     return TuningTable(newer.machine, newer.jax, tuple(records.values()))
+
+
+def _with_kernels(before: Record, record: Record) -> Record:
+    """The first record, with those of our kernels that ran or failed for the second."""
+    for kernel, names in (("decode", ("decode", "prefetch")), ("prefill", ("prefill",))):
+        time = getattr(record, kernel)
+        if time is None and kernel not in record.failed:
+            continue
+        # "decode, tiles 2, ..." is a plan of the decode kernel.
+        others = {k: v for k, v in before.failed.items() if k.split(",")[0] not in names}
+        own = {k: v for k, v in record.failed.items() if k.split(",")[0] in names}
+        before = dataclasses.replace(before, **{kernel: time}, failed=others | own)
+    return before
 
 
 def _faster(record: Record, other: Record) -> bool:
@@ -358,8 +378,8 @@ def _record_to_json(record: Record) -> dict[str, Any]:
             fields[name] = {"microseconds": kernel.microseconds}
             if kernel.plan is not None:
                 fields[name]["plan"] = dict(kernel.plan)
-            if kernel.prefetch is not None:
-                fields[name]["prefetch"] = kernel.prefetch
+    if record.decode is not None and record.decode.prefetch is not None:
+        fields["decode"]["prefetch"] = record.decode.prefetch
     if record.cusparselt is not None:
         algorithm = dataclasses.asdict(record.cusparselt.algorithm)
         fields["cusparselt"] = {
@@ -639,7 +659,8 @@ def choose_form(
     """Whether a weight is faster dense or in its device form, for a range of rows.
 
     The times of all records that serve a number of rows in the range are compared by their
-    geometric means: each of these numbers of rows counts the same, whatever its time. A tie is
+    geometric means: each of these numbers of rows counts the same, whatever its time. They are
+    those of products that start when what is before them has ended, 2:4 and dense alike. A tie is
     sparse, which takes 9/16 of the memory; so is whatever was not measured.
 
     Args:

@@ -7,7 +7,8 @@ timed once, coarsely, then the best few again, in turns: in graphs of it alone, 
 program for each would take too long. A candidate counts only after its numbers were compared with a
 dense product in float32. The best of each kind is timed once more in a jitted chain, as the dense
 product is, and that is what is kept: graphs are short, and their times up to a quarter less (H200,
-whose clock falls after some milliseconds of full load).
+whose clock falls after some milliseconds of full load). In a chain the decode kernel is also timed
+by its own rule with `prefetch`, which graphs of one kernel would not show.
 
 It is taken that no product becomes faster by more rows. So what an algorithm took for fewer rows
 bounds what it takes for more, and one whose bound is a tenth behind the best so far is not asked
@@ -72,7 +73,8 @@ class Limits:
     Attributes:
         start: Until it has a GPU, a weight and the reference; and for x and copies of the weight.
         candidate: To check and time one candidate in a graph.
-        dense: To time the dense product, or the best of a kind, in a chain that XLA compiles.
+        dense: To time the dense product, the best of a kind, or the decode kernel with `prefetch`,
+            in a chain that XLA compiles.
         restarts: So many candidates of one shape and family may cost a child; then those of the
             family that have not worked before are left out. Families are the plans of each of our
             kernels, cuSPARSELt's algorithms, and those with the sum split.
@@ -423,6 +425,7 @@ class _Search:
         return [Candidate("prefill", plan=tuple(plan.items())) for plan in plans]
 
     def _prefetch(self, rows: int) -> list[Candidate]:
+        """The decode kernel, told that its weight is complete."""
         return [Candidate("prefetch")] if self._plans(rows) else []
 
     def _pieces(self, rows: int) -> list[Candidate]:
@@ -460,9 +463,10 @@ class _Search:
             return None if microseconds is None else KernelTime(microseconds)
         found = self._kernel(rows, self._plans(rows))
         for candidate in self._prefetch(rows):
-            microseconds = self._time(rows, candidate)
-            if found is not None:
-                found = dataclasses.replace(found, prefetch=microseconds)
+            if found is None:
+                self._count(rows)
+            else:
+                found = dataclasses.replace(found, prefetch=self._time(rows, candidate))
         return found
 
     def _kernel(self, rows: int, plans: list[Candidate]) -> KernelTime | None:

@@ -320,6 +320,9 @@ def test_pytorchs_calls_are_timed_in_a_graph_or_not_at_all(modules, monkeypatch,
         assert (side.why_no_graph, len(replays), products) == (None, 2, [])
         return
     assert products == [("x", "a"), ("x", "b")]
-    row = {"out": 64, "channels": 64, "rows": 8, "torch_no_graph": side.why_no_graph}
-    said = "\n".join(call_cost.device_lines([call_cost.with_ratios(row)]))
+    assert side.microseconds(1.0, batches=1) is None
+    row = {"out": 64, "channels": 64, "rows": 8, "jax_chain": 2.0, "torch_chain": None}
+    row = call_cost.with_ratios(row | {"torch_no_graph": side.why_no_graph})
+    assert row["chain_ratio"] is None
+    said = "\n".join(call_cost.device_lines([row]))
     assert f"no chain of PyTorch's, for want of a graph: RuntimeError: {refusal}" in said

@@ -68,13 +68,13 @@ def test_shapes_are_measured_shown_and_kept(worker, tmp_path, capsys):
     ]  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["out", "x", "channels"]
-    assert lines[1].split() == ["128x64", "64", "30.00", "-", "-", "12.50", "1", "2.40"]
+    assert lines[1].split() == ["128x64", "64", "30.00", "-", "-", "-", "12.50", "1", "2.40"]
     assert "left out: 512x256: cusparselt, id 0: with 64 rows: wrong numbers, 9 times too far" in (
         lines
     )
     assert lines[-1] == (
         "float16 on Abacus 9 (9.0) with cuSPARSELt 0.8.0, microseconds a product; * by a plan of "
-        f"its own. Kept in {file}."
+        f"its own; prefetch: the decode kernel that fetches its weight early. Kept in {file}."
     )
     # What is there is not measured again, unless that is asked for.
     before = len(starts(worker))
@@ -205,7 +205,7 @@ def test_what_cannot_be_tuned_is_named(tmp_path):
 
 def test_lines_show_what_there_is():
     records = (
-        Record(64, 128, "float16", 1, 10.0, KernelTime(4.0, {"tiles": 1})),
+        Record(64, 128, "float16", 1, 10.0, KernelTime(4.0, {"tiles": 1}, prefetch=3.5)),
         Record(64, 128, "float16", 8, None, KernelTime(4.0)),
         Record(64, 128, "float16", 16, 10.0, None, LibraryTime(8.0, Algorithm(7, split_k=-1))),
         Record(64, 128, "float16", 32, 10.0, prefill=KernelTime(5.0, {"rows": 128})),
@@ -218,8 +218,8 @@ def test_lines_show_what_there_is():
     assert asked_for(None, [(64, 128)], "float16", (1,)) == record_lines([]) == []
     lines = [line.split() for line in record_lines(asked)]
     assert lines[1:] == [
-        ["64x128", "1", "10.00", "4.00*", "-", "-", "2.50"],
-        ["64x128", "8", "-", "4.00", "-", "-", "-"],
-        ["64x128", "16", "10.00", "-", "-", "8.00", "7,", "split_k", "-1", "1.25"],
-        ["64x128", "32", "10.00", "-", "5.00*", "-", "2.00"],
+        ["64x128", "1", "10.00", "4.00*", "3.50", "-", "-", "2.50"],
+        ["64x128", "8", "-", "4.00", "-", "-", "-", "-"],
+        ["64x128", "16", "10.00", "-", "-", "-", "8.00", "7,", "split_k", "-1", "1.25"],
+        ["64x128", "32", "10.00", "-", "-", "5.00*", "-", "2.00"],
     ]

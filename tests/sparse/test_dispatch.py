@@ -134,17 +134,45 @@ def test_the_fastest_way_is_taken():
 
 @needs_kernel
 def test_a_weight_that_is_fetched_early_is_timed_beside():
-    measured = record(16, library=6.0)
-    for early, faster in ((5.0, True), (7.0, False)):
-        kernel = KernelTime(5.5 if not faster else 6.5, PLAN, prefetch=early)
-        tuned = table(dataclasses.replace(measured, decode=kernel))
-        told, untold = (lowered(16, tuned, prefetch=told) for told in (True, False))
-        assert (is_decode(told), is_decode(untold)) == (faster, not faster)
-        assert (RULE_TEXT if faster else PLAN_TEXT) in (told if faster else untold)
+    def texts(microseconds, prefetch):
+        kernel = KernelTime(microseconds, PLAN, prefetch=prefetch)
+        tuned = table(dataclasses.replace(record(16, library=6.0), decode=kernel))
+        return [lowered(16, tuned, prefetch=told) for told in (True, False)]
+
+    told, untold = texts(6.5, 5.0)
+    assert is_decode(told)
+    assert RULE_TEXT in told
+    assert "prefetch = true" in told
+    assert algorithm_of(untold) == 5
+    for text in texts(5.5, 7.0):
+        assert is_decode(text)
+        assert PLAN_TEXT in text
+        assert "prefetch = false" in text
+    told, untold = texts(6.5, 6.4)
+    assert algorithm_of(told) == algorithm_of(untold) == 5
+
+
+@needs_kernel
+def test_a_kernel_that_failed_with_prefetch_is_taken_without():
     failed = {"prefetch": "with 8 rows: wrong numbers, 40 times too far"}
-    tuned = table(dataclasses.replace(measured, decode=KernelTime(5.0), failed=failed))
-    assert algorithm_of(lowered(16, tuned, prefetch=True)) == 5
-    assert is_decode(lowered(16, tuned))
+    measured = dataclasses.replace(record(16, decode=5.0, plan=PLAN, library=6.0), failed=failed)
+    text = lowered(16, table(measured), prefetch=True)
+    assert is_decode(text)
+    assert PLAN_TEXT in text
+    assert "prefetch = false" in text
+    without = dataclasses.replace(record(16), failed=failed)
+    text = lowered(16, table(without), prefetch=True)
+    assert is_decode(text)
+    assert "prefetch = false" in text
+    assert "prefetch = true" in lowered(8, table(without), prefetch=True)  # has no record
+
+
+@needs_kernel
+def test_more_than_sixteen_rows_are_decoded_as_they_were_measured():
+    tuned = table(record(32, decode=5.0, library=6.0))
+    text = lowered(20, tuned, prefetch=True)
+    assert is_decode(text)
+    assert "prefetch = true" not in text
 
 
 @needs_kernel

@@ -31,6 +31,7 @@ from esparse_jax.sparse import table as table_module
 from esparse_jax.sparse.table import (
     KernelTime,
     LibraryTime,
+    Way,
     bucket,
     resolve_table,
     table_choice,
@@ -118,12 +119,13 @@ def test_ways_are_sorted_by_their_times():
     assert many.sparse == 8.0
     early = KernelTime(7.0, PLAN, prefetch=5.5)
     both = dataclasses.replace(record(library=6.0), decode=early)
-    assert [way.kind for way in both.ways()] == ["cusparselt", "decode"]
-    decode, library = both.ways(prefetch=True)
-    assert (decode.kind, decode.microseconds, decode.plan) == ("decode", 5.5, None)
-    assert library.kind == "cusparselt"
+    assert both.ways() == [library, Way("decode", 7.0, PLAN)]
+    assert both.ways(prefetch=True) == [Way("decode", 5.5, prefetch=True), library]
     assert both.sparse == 6.0
-    assert record(decode=7.0, library=6.0).ways(prefetch=True)[1].microseconds == 7.0
+    slower = dataclasses.replace(both, decode=KernelTime(7.0, PLAN, prefetch=7.5))
+    assert slower.ways(prefetch=True) == [library, Way("decode", 7.0, PLAN)]
+    untimed = dataclasses.replace(both, decode=KernelTime(7.0, PLAN))
+    assert untimed.ways(prefetch=True) == [library, Way("decode", 7.0, prefetch=True)]
     assert record(dense=1.0).ways() == []
     assert record(dense=1.0).sparse is None
 
@@ -237,6 +239,17 @@ def test_what_some_algorithms_gave_replaces_a_full_search_only_where_it_is_faste
     failed = dataclasses.replace(full, failed={"prefill": "with 64 rows: SIGABRT", **library})
     with_prefill = merged(failed, dataclasses.replace(slower, prefill=kernel))
     assert with_prefill == dataclasses.replace(full, prefill=kernel, failed=library)
+    early = KernelTime(5.0, PLAN, prefetch=4.5)
+    with_decode = merged(failed, dataclasses.replace(slower, decode=early))
+    assert with_decode == dataclasses.replace(failed, decode=early)
+    wrong = {"prefetch": "with 1 rows: wrong numbers", "cusparselt, id 9": "with 64 rows: SIGABRT"}
+    late = KernelTime(5.0)
+    found = merged(with_decode, dataclasses.replace(slower, decode=late, failed=wrong))
+    assert found.decode == late
+    assert found.failed == failed.failed | {"prefetch": wrong["prefetch"]}
+    broken = {"decode": "with 1 rows: SIGABRT", "decode, tiles 2": "with 1 rows: not tried"}
+    found = merged(found, dataclasses.replace(slower, failed=broken))
+    assert (found.decode, found.failed) == (None, failed.failed | broken)
     again = dataclasses.replace(slower, prefill=KernelTime(7.5))
     assert merged(with_prefill, again) == dataclasses.replace(with_prefill, prefill=again.prefill)
     assert merged(with_prefill, slower) is with_prefill

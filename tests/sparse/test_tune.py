@@ -219,6 +219,16 @@ def test_a_weight_that_is_fetched_early_is_timed_beside(worker):
     failed = {"prefetch": "with 1 rows: wrong numbers, 40 times too far"}
     assert records[1].failed == records[8].failed == failed  # and is not asked again
     assert [line["name"] for line in worker.asked()].count("prefetch") == 1
+    # XLA compiles a chain of it: it has as long as the dense product.
+    worker.write({"decode": 10.0, "prefetch": {"microseconds": 9.0, "after": 0.7}}, algorithms=0)
+    (record,) = worker.tune([1]).values()
+    assert (record.decode, record.failed) == (KernelTime(10.0, prefetch=9.0), {})
+    worker.write({"decode": {"refused": "no"}}, default={"refused": "no"}, algorithms=0)
+    seen: list[TuneProgress] = []
+    (record,) = worker.tune([1], progress=seen.append).values()
+    assert record.decode is None
+    assert "prefetch" not in [line["name"] for line in worker.asked() if line["rows"] == 1][-80:]
+    assert seen[-1].done == seen[-1].total
 
 
 def test_rows_ask_for_what_can_serve_them(worker):
@@ -725,6 +735,22 @@ def test_the_best_is_timed_as_the_dense_product_is(monkeypatch):
         assert list(answer) == ["microseconds"]
         assert answer["microseconds"] > 0
         assert options in asked
+
+
+@pytest.mark.parametrize("kind", ["prefetch", "pieces"])
+def test_what_is_in_no_graph_is_checked_before_its_chain(bench, monkeypatch, kind):
+    bench._blob = blob24(compress24(bench._weight))
+    bench._all_blobs = bench._blobs = bench._blob.data[None]
+
+    def off(x, data, *, out, prefetch):
+        exact = sparse_matmul(x, dataclasses.replace(bench._blob, data=data), backend="reference")
+        return exact.at[-1, 77].add(5.0)
+
+    monkeypatch.setattr(_ffi_cuda, "decode_in_pieces", off)
+    bench.make_operands(16)
+    (answer,) = bench.run(16, {"kind": kind}, effort="coarse", best=None).items()
+    assert answer[0] == "wrong"
+    assert answer[1] > 1
 
 
 def test_a_hopeless_candidate_is_not_timed_twice(bench, monkeypatch):
