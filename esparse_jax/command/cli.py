@@ -298,7 +298,7 @@ class Eval:
 
     model: tyro.conf.Positional[Path]
     text: Path
-    """A text file, or token windows (.npy, .npz)."""
+    """Text (.txt), documents (.jsonl with a field `text`) or token windows (.npy, .npz)."""
     sequence_length: int | None = None
     """Tokens a window; if not given, those of a window in the file, for a text 2048, and never more
     than the model's context."""

@@ -103,6 +103,9 @@ def read_text_tokens(
       the data set are the file's lines with their line end, blank lines being empty rows; they are
       joined by a blank line ("\\n\\n"), tokenised once, with one BOS before the first.
 
+    Documents (`.jsonl`, one object with a field `text` a line) are rows of a data set: both join
+    them by a blank line, and `published` puts a BOS before the first.
+
     Token arrays (`.npy`, `.npz` with one array or one named `tokens`; [token], or [sample, seq],
     whose rows are taken one after the other) are what they are: `raw` only.
 
@@ -114,9 +117,11 @@ def read_text_tokens(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: An empty text, a tokenizer without BOS where one is needed, ids outside the
-            vocabulary, arrays of another rank.
+        ValueError: An empty text, a line without the field, a tokenizer without BOS where one is
+            needed, ids outside the vocabulary, arrays of another rank.
         TypeError: Arrays that are not integers; text without a tokenizer.
+
+    Paper silent: how documents are evaluated.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is {protocol!r}; it must be one of {', '.join(PROTOCOLS)}.")
@@ -128,12 +133,9 @@ def read_text_tokens(
                 f"text. Take protocol='raw'."
             )
         tokens = _read_array(path, ranks=(1, 2)).reshape(-1)
-    elif protocol == "raw":
-        tokens = _encode(tokenizer, _read_text(path), path)
     else:
-        rows = _read_text(path).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
-        rows = [f"{row}\n" if row.strip() else "" for row in rows.split("\n")]
-        tokens = _encode(tokenizer, "\n\n".join(rows), path)
+        tokens = _encode(tokenizer, _evaluated_text(path, protocol), path)
+    if protocol == "published":
         bos = tokenizer.bos_token_id
         if bos is None:
             raise ValueError(
@@ -144,6 +146,16 @@ def read_text_tokens(
         tokens = np.concatenate((np.array([bos], tokens.dtype), tokens))
     _check_ids(path, tokens, tokenizer, vocab_size)
     return tokens.astype(np.int32)
+
+
+def _evaluated_text(path: Path, protocol: str) -> str:
+    if path.suffix.lower() == ".jsonl":
+        return "\n\n".join(_all_documents(path))
+    text = _read_text(path)
+    if protocol == "raw":
+        return text
+    rows = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+    return "\n\n".join(f"{row}\n" if row.strip() else "" for row in rows)
 
 
 def window_length(path: PathLike) -> int | None:
@@ -251,9 +263,7 @@ def _windows_of_documents(
     num_samples: int,
     sequence_length: int,
 ) -> Int[np.ndarray, "sample seq"]:
-    texts = list(_documents(path))
-    if not texts:
-        raise ValueError(f"{path} is empty. Give a file with documents, one a line.")
+    texts = _all_documents(path)
     encoded: dict[int, Int[np.ndarray, " token"]] = {}  # only what is drawn is tokenised
     usable = np.arange(len(texts))
     windows: list[Int[np.ndarray, " seq"]] = []
@@ -279,6 +289,13 @@ def _windows_of_documents(
             )
         usable = np.sort(long_enough)
     return np.stack(windows)
+
+
+def _all_documents(path: Path) -> list[str]:
+    texts = list(_documents(path))
+    if not texts:
+        raise ValueError(f"{path} is empty. Give a file with documents, one a line.")
+    return texts
 
 
 def _documents(path: Path) -> Iterator[str]:

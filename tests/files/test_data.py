@@ -223,6 +223,21 @@ def test_published_joins_the_rows_of_the_data_set_behind_one_bos(tmp_path, token
     assert not np.array_equal(read_text_tokens(file, tokenizer), expected)
 
 
+def test_documents_are_rows_of_a_data_set(tmp_path, tokenizer):
+    file = documents(tmp_path / "documents.jsonl", "the sparse model\n", "keeps two", "")
+    expected = ids(tokenizer, "the sparse model\n\n\nkeeps two\n\n")
+    np.testing.assert_array_equal(read_text_tokens(file, tokenizer), expected)
+    published = read_text_tokens(file, tokenizer, protocol="published")
+    np.testing.assert_array_equal(published, [tokenizer.bos_token_id, *expected])
+    assert window_length(file) is None
+    file.write_text('{"tekst": "a"}\n')
+    with pytest.raises(ValueError, match=r"line 1 has no text in a field 'text' \(it has: tekst"):
+        read_text_tokens(file, tokenizer)
+    file.write_text("\n")
+    with pytest.raises(ValueError, match=r"documents\.jsonl is empty"):
+        read_text_tokens(file, tokenizer)
+
+
 def test_published_needs_a_text_and_a_bos(tmp_path, document):
     np.save(tmp_path / "a.npy", WINDOWS)
     with pytest.raises(ValueError, match="holds tokens, so nothing is left to join: protocol 'pub"):
