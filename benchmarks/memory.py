@@ -1,6 +1,7 @@
 """Table 6: the device memory of a model, dense and with 2:4 linears.
 
-    python benchmarks/memory.py --json memory.json         # 7B and 13B, on a GPU of 80 GB or more
+    python benchmarks/memory.py --json memory.json         # 7B and 13B, on a GPU of 80 GB or more;
+                                                           # without one what is computed alone
     python benchmarks/memory.py --measure tiny --fit llama-65b --device-gb 80 141
 
 Two tables. The first is measured: random weights of a shape in the inference form, dense and 2:4,
@@ -22,7 +23,7 @@ GB are 10^9 bytes.
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ FORMS = ("dense", "sparse")
 class Options:
     """What to measure and what to compute."""
 
-    measure: tuple[str, ...] = ("llama-7b", "llama-13b")
-    """Shapes that are measured, one form after the other."""
+    measure: tuple[str, ...] | None = None
+    """Shapes that are measured, one form after the other; llama-7b and llama-13b if not given, and
+    without a GPU none: they would take all memory."""
     fit: tuple[str, ...] = ("llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama-70b")
     """Shapes of which is computed what fits."""
     device_gb: tuple[float, ...] = (80.0, 141.0)
@@ -57,7 +59,7 @@ class Options:
 
     def check(self) -> None:
         """Raises a ValueError for what cannot be measured or computed."""
-        unknown = sorted({*self.measure, *self.fit} - set(SHAPES))
+        unknown = sorted({*(self.measure or ()), *self.fit} - set(SHAPES))
         if unknown:
             raise ValueError(f"shapes are {', '.join(SHAPES)}; got {', '.join(unknown)}.")
         if not 0 <= self.reserve < 1:
@@ -167,6 +169,18 @@ def computed_line(row: dict[str, Any]) -> str:
     return line
 
 
+def shapes_to_measure(options: Options) -> tuple[str, ...]:
+    """Those that were asked for, or what a GPU holds; a child says whether there is one."""
+    if options.measure is not None:
+        return options.measure
+    small = replace(options.bench("tiny"), batch=1, context=32, new_tokens=1)
+    (tried,) = run_bench(small, ("dense",))
+    if tried.error is None and tried.device == "cpu":
+        print("nothing: this is a CPU, where 7B and 13B would take all memory (--measure NAME)")
+        return ()
+    return ("llama-7b", "llama-13b")
+
+
 def main(options: Options) -> int:
     """Prints both tables; 1 if a form could not be measured."""
     try:
@@ -183,7 +197,7 @@ def main(options: Options) -> int:
     work = f"{options.batch} rows of {options.context} tokens"
     print(f"Measured: {work} read, {options.bench('tiny').steps} generated", MEASURED, sep="\n")
     where = set()
-    for shape in options.measure:
+    for shape in shapes_to_measure(options):
         dense = None
         for form in FORMS:
             (result,) = run_bench(options.bench(shape), (form,))

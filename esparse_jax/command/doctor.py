@@ -5,10 +5,12 @@ import importlib.metadata
 import importlib.util
 import logging
 import platform
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from esparse_jax import native
 from esparse_jax.sparse import (
     build,
     gpus,
@@ -96,8 +98,10 @@ def _versions() -> Section:
     if built.file is None:
         found = "not built"
         mend = (
-            "the compiled extension is missing, so every product runs in plain JAX. Build it with "
-            "`pip install .` and a C++17 compiler (BUILD.md)."
+            f"the compiled extension is missing from {Path(native.__file__).parent}, so every "
+            f"product runs in plain JAX. Build it with `pip install .` and a C++17 compiler "
+            f"(BUILD.md). If that was done, these are the sources, which hide what it installed: "
+            f"run `esparse` or Python from another directory, or install with `pip install -e .`."
         )
     findings = [
         Finding("versions", text),

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from esparse_jax.inference.bench import SHAPES, BenchResult
@@ -39,6 +40,16 @@ def test_a_tiny_shape_is_measured_and_the_large_ones_computed(memory, tmp_path, 
     assert "Measured: 8 rows of 32 tokens read, 16 generated" in said
     assert "Computed from the shapes, 16 bits" in said
     assert f"float32 on {dense['device']}" in said
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="is for a machine without a GPU")
+def test_without_a_gpu_nothing_large_is_measured_unless_asked_for(memory, tmp_path, capsys):
+    file = tmp_path / "memory.json"
+    assert memory.main(memory.Options(fit=("llama-65b",), json=file)) == 0
+    report = json.loads(file.read_text())
+    assert report["measured"] == []
+    assert len(report["computed"]) == 2
+    assert "nothing: this is a CPU" in capsys.readouterr().out
 
 
 def computed(memory, **options) -> dict[tuple[str, str], dict]:
