@@ -187,9 +187,10 @@ def _recorded(path: PathLike) -> tuple[Path, dict[str, Any]]:
     if recorded is None:
         raise ValueError(
             f"{path} has no {ESPARSE_FILE}, which says what layers were pruned and in what order. "
-            f"esparse prune and save_model(..., metadata=...) write it; a checkpoint pruned by "
-            f"something else is written compressed by save_model(load_model(path)[0], output, "
-            f"like=path, format='compressed', metadata={{'pattern': '2:4'}})."
+            f"Prune a model that is not pruned yet, which writes it: `esparse prune {path} "
+            f"--output DIR --calibration TEXT`. One pruned by something else is written by "
+            f"save_model(load_model(path)[0], output, like=path, format='compressed', "
+            f"metadata={{'pattern': '2:4'}})."
         )
     return path, recorded
 

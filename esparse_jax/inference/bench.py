@@ -115,8 +115,8 @@ class BenchOptions:
     def __post_init__(self) -> None:
         if (self.model is None) == (self.shape is None):
             raise ValueError(
-                f"bench what? Give a MODEL directory, or random weights of a shape, not both. The "
-                f"shapes are {', '.join(SHAPES)}."
+                f"bench what? Give a MODEL directory, or random weights of a shape (--shape), not "
+                f"both. The shapes are {', '.join(SHAPES)}."
             )
         for name, given, allowed in (
             ("stage", self.stage, STAGES),
