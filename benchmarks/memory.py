@@ -170,12 +170,18 @@ def computed_line(row: dict[str, Any]) -> str:
 
 
 def shapes_to_measure(options: Options) -> tuple[str, ...]:
-    """Those that were asked for, or what a GPU holds; a child says whether there is one."""
+    """Those that were asked for, or what a GPU holds; a child says whether there is one.
+
+    Raises:
+        RuntimeError: It cannot say.
+    """
     if options.measure is not None:
         return options.measure
     small = replace(options.bench("tiny"), batch=1, context=32, new_tokens=1)
     (tried,) = run_bench(small, ("dense",))
-    if tried.error is None and tried.device == "cpu":
+    if tried.error is not None:
+        raise RuntimeError(f"not even tiny runs here, so no 7B is tried: {tried.error}")
+    if tried.device == "cpu":
         print("nothing: this is a CPU, where 7B and 13B would take all memory (--measure NAME)")
         return ()
     return ("llama-7b", "llama-13b")
@@ -196,8 +202,13 @@ def main(options: Options) -> int:
 
     work = f"{options.batch} rows of {options.context} tokens"
     print(f"Measured: {work} read, {options.bench('tiny').steps} generated", MEASURED, sep="\n")
-    where = set()
-    for shape in shapes_to_measure(options):
+    where, shapes, failed = set(), (), False
+    try:
+        shapes = shapes_to_measure(options)
+    except RuntimeError as error:
+        print(error)
+        failed = True
+    for shape in shapes:
         dense = None
         for form in FORMS:
             (result,) = run_bench(options.bench(shape), (form,))
@@ -218,7 +229,7 @@ def main(options: Options) -> int:
         report["computed"].append(row)
         print(computed_line(row))
     write()
-    return 1 if any(row["error"] is not None for row in report["measured"]) else 0
+    return int(failed or any(row["error"] is not None for row in report["measured"]))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,12 @@ import jax
 
 _LOGGER = logging.getLogger(__name__)
 _EXTENSION = "esparse_jax._esparse_ffi"
+# What to do where it is missing.
+MEND = (
+    "Build it with `pip install .` and a C++17 compiler, and run from a directory that does not "
+    "hold the sources, which hide the installed package, or install with `pip install -e .` (see "
+    "BUILD.md)."
+)
 
 
 @functools.cache
@@ -24,11 +30,10 @@ def extension() -> ModuleType | None:
     except ImportError as error:
         _LOGGER.warning(
             "%s has no compiled extension that loads (%s): on the CPU sparse_matmul computes with "
-            "plain JAX, which is right but slower than a dense product. Build it with "
-            "`pip install .`, and run from a directory that does not hold the sources, which hide "
-            "the installed package, or install with `pip install -e .` (see BUILD.md).",
+            "plain JAX, which is right but slower than a dense product. %s",
             Path(__file__).parent,
             error,
+            MEND,
         )
         return None
     for name, (platform, registration) in module.types().items():  # before who has them as state

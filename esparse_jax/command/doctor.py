@@ -99,9 +99,7 @@ def _versions() -> Section:
         found = "not built"
         mend = (
             f"the compiled extension is missing from {Path(native.__file__).parent}, so every "
-            f"product runs in plain JAX. Build it with `pip install .` and a C++17 compiler "
-            f"(BUILD.md). If that was done, these are the sources, which hide what it installed: "
-            f"run `esparse` or Python from another directory, or install with `pip install -e .`."
+            f"product runs in plain JAX. {native.MEND}"
         )
     findings = [
         Finding("versions", text),

@@ -52,6 +52,19 @@ def test_without_a_gpu_nothing_large_is_measured_unless_asked_for(memory, tmp_pa
     assert "nothing: this is a CPU" in capsys.readouterr().out
 
 
+def test_where_nothing_runs_no_large_shape_is_tried(memory, monkeypatch, capsys):
+    asked = []
+
+    def fails(options, forms):
+        asked.append(options.shape)
+        return [BenchResult("dense", error="the process died (SIGKILL)")]
+
+    monkeypatch.setattr(memory, "run_bench", fails)
+    assert memory.main(memory.Options(fit=("llama-65b",))) == 1
+    assert asked == ["tiny"]
+    assert "not even tiny runs here, so no 7B is tried: the process died" in capsys.readouterr().out
+
+
 def computed(memory, **options) -> dict[tuple[str, str], dict]:
     rows = memory.computed_rows(memory.Options(**options))
     return {(row["shape"], row["form"]): row for row in rows}
