@@ -291,16 +291,12 @@ def measure(
     """All columns for one number of rows; one that fails costs itself only."""
     (out, channels), dtype = weights.shape, weights.dtype
 
-    def inputs(count: int) -> list[jax.Array]:
-        keys = jax.random.split(jax.random.key(rows), count)
-        return [jax.random.normal(key, (rows, channels), jnp.float32).astype(dtype) for key in keys]
-
     def chained(product: Callable, copies: list) -> Callable[[], float]:
-        xs = inputs(chain_inputs(rows, weights.shape, len(copies)))
+        xs = [x] * chain_inputs(rows, weights.shape, len(copies))
         chain = Chain(product, xs, copies, microseconds=estimate(rows, weights.shape))
         return partial(chain.microseconds, **timing(options))
 
-    (x,) = inputs(1)
+    x = jax.random.normal(jax.random.key(rows), (rows, channels), jnp.float32).astype(dtype)
     exact = exact_product(x, weights.weight)
     y = jax.jit(sparse_matmul)(x, weights.blob).astype(jnp.float32)
     error = float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact))
@@ -319,7 +315,7 @@ def measure(
     dense_copies, blobs = weights.dense(rows), weights.blobs(rows)
 
     def by_torch() -> float:
-        xs = inputs(chain_inputs(rows, weights.shape, len(dense_copies)))
+        xs = [x] * chain_inputs(rows, weights.shape, len(dense_copies))
         line.torch = torch_times(xs, dense_copies, options.warm)
         return min(line.torch.values())
 
@@ -339,7 +335,7 @@ def measure(
         if column in ("decode", "careful") and rows <= MAX_ROWS:
             # So many that the start of a graph does not count.
             long = min(256, math.ceil(2000 / estimate(rows, weights.shape)))
-            return decode_chain(inputs(max(long, len(blobs))), blobs, column == "decode", options)
+            return decode_chain([x] * max(long, len(blobs)), blobs, column == "decode", options)
         if column == "prefill" and prefill_runs(this_machine().capability):
             return chained(partial(sparse_matmul, backend="prefill"), blobs)
         if column == "dispatch":

@@ -108,9 +108,13 @@ def estimate(rows: int, shape: tuple[int, int]) -> float:
 
 
 def chain_inputs(rows: int, shape: tuple[int, int], copies: int) -> int:
-    """How many x a chain over `copies` weights takes, so that its start does not count."""
-    few = estimate(rows, shape) * copies >= 400
-    return 1 if few else math.ceil(16 / copies)
+    """How many x a `Chain` over `copies` weights takes, so that neither its start nor the turns of
+    its loop count, some 6 us each on an H200; no more products in a turn than compile quickly.
+
+    One x will do, so many times: what a product reads was just written, or read, in a model too.
+    """
+    long = math.ceil(1000 / (estimate(rows, shape) * copies))
+    return max(1, min(long, 64 // copies))
 
 
 class Chain:
@@ -121,7 +125,8 @@ class Chain:
     barriers that see to this before it optimises loops, so there a chain is good for tests only.
 
     Args:
-        xs: Matrices `[row, channel]`.
+        xs: Matrices `[row, channel]`, of which some may be the same array: each is an argument of
+            its own, so that XLA does not know.
         weights: Copies of one weight, in whatever form the product takes.
         microseconds: What a product may take, to size the measurement.
     """

@@ -287,8 +287,7 @@ class Bench:
         return self._weights[:copies]
 
     def _time_chain(self, product: Callable[[Array, Array], Array], weights: list[Array]) -> float:
-        inputs = chain_inputs(self._rows, self._shape, len(weights))
-        xs = [self._operand + number for number in range(inputs)]
+        xs = [self._operand] * chain_inputs(self._rows, self._shape, len(weights))
         usual = estimate(self._rows, self._shape)
         return Chain(product, xs, weights, microseconds=usual).microseconds()
 

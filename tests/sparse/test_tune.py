@@ -30,7 +30,14 @@ from esparse_jax.sparse import (
 )
 from esparse_jax.sparse import _tune_worker as worker_file
 from esparse_jax.sparse import tune as tune_file
-from esparse_jax.sparse._timing import Chain, chain_rotation, random_24, rotation, seconds
+from esparse_jax.sparse._timing import (
+    Chain,
+    chain_inputs,
+    chain_rotation,
+    random_24,
+    rotation,
+    seconds,
+)
 from esparse_jax.sparse._tune_worker import Bench
 from esparse_jax.sparse.compress import check24, compress24
 from esparse_jax.sparse.table import KernelTime, LibraryTime
@@ -583,9 +590,10 @@ def test_buckets():
 # ---- the chain that is timed
 
 
+@pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize(("inputs", "weights"), [(1, 2), (3, 4)])
-def test_a_chain_runs_every_product(inputs, weights):
-    """None is dropped, or merged with another."""
+def test_a_chain_runs_every_product(inputs, weights, same):
+    """None is dropped, or merged with another, also where it is given one x several times."""
     calls = []
 
     def multiply(x, weight):
@@ -597,6 +605,8 @@ def test_a_chain_runs_every_product(inputs, weights):
         return jax.pure_callback(multiply, shape, x, weight)
 
     xs = [jnp.ones((2, 8)) + i for i in range(inputs)]
+    if same:
+        xs = xs[:1] * inputs
     chain = Chain(product, xs, [jnp.ones((4, 8)) + i for i in range(weights)], microseconds=2e3)
     jax.block_until_ready(chain.call())
     assert len(calls) == chain.products == inputs * weights
@@ -627,6 +637,17 @@ def test_rotation_leaves_the_caches_behind():
     assert rotation(blob, 16384, (22016, 4096)) == 1
     assert chain_rotation(blob, 16384, (22016, 4096)) == 2
     assert chain_rotation(1024, 1, (16, 32)) == 128
+
+
+def test_a_turn_of_a_chain_is_long_or_has_many_products():
+    def products(rows, shape, copies):
+        return copies * chain_inputs(rows, shape, copies)
+
+    assert products(1, (14336, 7168), 3) == 21  # of 51 us dense
+    assert products(8, (4096, 4096), 16) == 64  # of 8
+    assert products(1024, (22016, 4096), 2) == 4  # of 308
+    assert products(16384, (22016, 4096), 2) == 2  # of 4,925
+    assert products(1, (16, 32), 128) == 128
 
 
 def test_random_weights_keep_two_of_four():
