@@ -109,9 +109,10 @@ def estimate(rows: int, shape: tuple[int, int]) -> float:
 
 def chain_inputs(rows: int, shape: tuple[int, int], copies: int) -> int:
     """How many x a `Chain` over `copies` weights takes, so that neither its start nor the turns of
-    its loop count, some 6 us each on an H200; no more products in a turn than compile quickly.
+    its loop count, and no more products are in a turn than compile quickly.
 
-    One x will do, so many times: what a product reads was just written, or read, in a model too.
+    One x will do, so many times: it is in the cache, as what the kernel before wrote is in a model.
+    Of several each would come from the device's memory (up to 2 us of a product on an H200).
     """
     long = math.ceil(1000 / (estimate(rows, shape) * copies))
     return max(1, min(long, 64 // copies))
