@@ -42,7 +42,13 @@ from esparse_jax.sparse import (
     this_machine,
 )
 from esparse_jax.sparse import _ffi_cuda as ffi
-from esparse_jax.sparse._timing import Chain, chain_rotation, estimate, random_24
+from esparse_jax.sparse._timing import (
+    Chain,
+    chain_inputs,
+    chain_rotation,
+    estimate,
+    random_24,
+)
 
 STAGE = 128 * 256 * 64
 Way = Literal["dense", "decode", "prefill", "cusparselt", "dispatch"]
@@ -181,7 +187,8 @@ def main(options: Options) -> None:
             weights = [
                 jax.tree.map(lambda leaf: leaf + leaf.dtype.type(0), one) for _ in range(copies)
             ]
-            chain = Chain(product, [x], weights, microseconds=estimate(options.rows, shape))
+            xs = [x] * chain_inputs(options.rows, shape, copies)
+            chain = Chain(product, xs, weights, microseconds=estimate(options.rows, shape))
             found = measure(chain, options.seconds, sampler)
             cycles = found["microseconds"] * found["clock"] * multiprocessors(device) / stages
             found["cycles"] = cycles or None

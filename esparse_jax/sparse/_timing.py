@@ -112,7 +112,6 @@ def chain_inputs(rows: int, shape: tuple[int, int], copies: int) -> int:
     its loop count, and no more products are in a turn than compile quickly.
 
     One x will do, so many times: it is in the cache, as what the kernel before wrote is in a model.
-    Of several each would come from the device's memory (up to 2 us of a product on an H200).
     """
     long = math.ceil(1000 / (estimate(rows, shape) * copies))
     return max(1, min(long, 64 // copies))
@@ -147,7 +146,7 @@ class Chain:
 
         def once(xs, weights, last):
             results = []
-            for x in xs:  # a pair occurs once, so that no two products can be merged
+            for x in xs:  # a pair of arguments occurs once, so that no two products can be merged
                 for weight in weights:
                     # Not before the last one, nor outside the loop.
                     x_now, last = jax.lax.optimization_barrier((x, last))

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -590,10 +591,9 @@ def test_buckets():
 # ---- the chain that is timed
 
 
-@pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize(("inputs", "weights"), [(1, 2), (3, 4)])
-def test_a_chain_runs_every_product(inputs, weights, same):
-    """None is dropped, or merged with another, also where it is given one x several times."""
+def test_a_chain_runs_every_product(inputs, weights):
+    """None is dropped, or merged with another."""
     calls = []
 
     def multiply(x, weight):
@@ -605,12 +605,21 @@ def test_a_chain_runs_every_product(inputs, weights, same):
         return jax.pure_callback(multiply, shape, x, weight)
 
     xs = [jnp.ones((2, 8)) + i for i in range(inputs)]
-    if same:
-        xs = xs[:1] * inputs
     chain = Chain(product, xs, [jnp.ones((4, 8)) + i for i in range(weights)], microseconds=2e3)
     jax.block_until_ready(chain.call())
     assert len(calls) == chain.products == inputs * weights
     assert chain.microseconds(batches=3, least_seconds=1e-4) > 0
+
+
+def test_a_chain_merges_no_products_of_one_x():
+    """Given three times it is three arguments, which XLA does not know to be the same."""
+
+    def product(x, weight):
+        return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+
+    weights = [jnp.ones((4, 8)) + i for i in range(4)]
+    chain = Chain(product, [jnp.ones((2, 8))] * 3, weights, microseconds=2e3)
+    assert len(re.findall(r" dot\(", chain._compiled.as_text())) == chain.products == 12
 
 
 def test_a_long_run_comes_before_what_is_timed():
