@@ -1,10 +1,12 @@
-"""Computations for one platform alone, and what is said where they are compiled for another.
+"""Computations for one platform alone, what is said where they are compiled for another, and
+whether JAX has any.
 
 Above all rooms: each may import this file, which imports none of them. What a computation is
 compiled for is known only when JAX lowers it, so that is where one is refused.
 """
 
 import functools
+import os
 from collections.abc import Callable
 
 import jax
@@ -28,6 +30,16 @@ def _refuse(context, x, *, platform, what, instead):
 
 
 mlir.register_lowering(_refused, _refuse)
+
+
+def why_not_started() -> str | None:
+    """Why JAX has no device at all; None where it has one."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where a plugin is missing
+        asked = os.environ.get("JAX_PLATFORMS")
+        return str(error) or f"there is no plugin for JAX_PLATFORMS={asked}"
+    return None
 
 
 def only_on(

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress as Bar
 
-from esparse_jax.command.doctor import examine
+from esparse_jax import platforms
+from esparse_jax.command.doctor import NO_DEVICE, examine
 from esparse_jax.command.tuning import asked_for, record_lines, wanted
 from esparse_jax.files import (
     Conversion,
@@ -543,7 +544,8 @@ class Tune:
     splits: bool = True
     """Try each of them with the sum over channels split as well."""
     again: bool = False
-    """Also measure what the table has already."""
+    """Also measure what that file has already. (The package's own table is used without this
+    command, which does not look at it.)"""
     json: Path | None = None
     """Also write the records of these products here."""
     output: Path | None = None
@@ -663,6 +665,12 @@ def main(arguments: list[str] | None = None) -> None:
         Console(stderr=True, soft_wrap=True).print(
             f"esparse: {error}", markup=False, highlight=False
         )
+        status = 2
+    except (RuntimeError, AssertionError):
+        why = platforms.why_not_started()
+        if why is None:
+            raise
+        print(f"esparse: {why}: {NO_DEVICE}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # outputs take their place at the very end, so none is half-written
         print("esparse: interrupted", file=sys.stderr)

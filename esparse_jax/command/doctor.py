@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from esparse_jax import native
+from esparse_jax import native, platforms
 from esparse_jax.sparse import (
     build,
     gpus,
@@ -25,6 +25,10 @@ from esparse_jax.sparse import (
 )
 from esparse_jax.sparse.machine import RUN_ON
 
+NO_DEVICE = (
+    "JAX cannot start. Set JAX_PLATFORMS=cpu to do without a GPU, or leave it out; JAX's plugin "
+    'for NVIDIA GPUs comes with pip install ".[cuda13]".'
+)
 _PACKAGES = ("esparse-jax", "jax", "jaxlib", "flax")
 _PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 
@@ -117,11 +121,10 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> Section:
-    try:
-        devices = jax.devices()
-    except RuntimeError as error:
-        mend = "JAX cannot start: see its message, and set JAX_PLATFORMS=cpu to do without a GPU."
-        return [Finding("devices", str(error), mend)], {"devices": [], "platform": None}
+    why = platforms.why_not_started()
+    if why is not None:
+        return [Finding("devices", why, NO_DEVICE)], {"devices": [], "platform": None}
+    devices = jax.devices()
     values = [
         {
             "platform": device.platform,
@@ -243,7 +246,12 @@ def _tuning() -> Section:
     if machine is None:
         return [Finding("tuning table", "none: it is for NVIDIA GPUs")], {"tuning": None}
     stored, own = stored_table(machine), table_file(machine)
-    values = {"files": list(stored.files), "own_file": str(own), "records": 0}
+    values = {
+        "files": list(stored.files),
+        "own_file": str(own),
+        "records": 0,
+        "of_other_libraries": list(stored.others),
+    }
     if str(own) not in stored.files and own.exists():  # the log, which says why, is silent here
         try:
             why = f"it is for {load_table(own).machine}; here is {machine}"
@@ -261,4 +269,11 @@ def _tuning() -> Section:
     products = {record.key[:3] for record in stored.table.records}
     values["records"] = len(stored.table.records)
     text = f"{values['records']} records of {len(products)} products, {', '.join(stored.files)}"
-    return [Finding("tuning table", text)], {"tuning": values}
+    if not stored.others:
+        return [Finding("tuning table", text)], {"tuning": values}
+    theirs = ", ".join(other or "none" for other in stored.others)
+    mend = (
+        f"measured with another cuSPARSELt ({theirs}): what it says of our own kernels is used. "
+        f"For the library's algorithms measure here (esparse tune MODEL), or install that version."
+    )
+    return [Finding("tuning table", text, mend)], {"tuning": values}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -338,8 +339,15 @@ def _rows_of_array(
 def _read_array(path: Path, *, ranks: tuple[int, ...]) -> Integer[np.ndarray, "..."]:
     try:
         loaded = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except OSError as error:
         raise ValueError(f"{path} cannot be read as a numpy file: {error}.") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        with path.open("rb") as file:
+            start = file.read(16)
+        raise ValueError(
+            f"{path} cannot be read as a numpy file: it begins with {start!r}. Write arrays of "
+            f"token ids with numpy.save or numpy.savez; text goes into .txt and .jsonl files."
+        ) from error
     if isinstance(loaded, np.lib.npyio.NpzFile):
         with loaded:
             name = "tokens" if "tokens" in loaded.files else None

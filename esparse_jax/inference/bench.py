@@ -202,7 +202,8 @@ class BenchOptions:
         if "sparse" in forms and not compressed_layers(self.model):
             raise ValueError(
                 f"{self.model} holds no compressed layer. Compress it first (esparse compress "
-                f"{self.model} --output DIR), or measure the forms dense and plain alone."
+                f"{self.model} --output DIR; one that is not pruned: esparse prune), or measure "
+                f"the forms dense and plain alone."
             )
 
 

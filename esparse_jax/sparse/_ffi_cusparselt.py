@@ -214,7 +214,7 @@ def device() -> jax.Device | None:
     opened = opened_library()
     try:
         return jax.devices("cpu" if opened and opened.on_host else "cuda")[0]
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # the latter where JAX cannot start at all
         return None
 
 

@@ -543,32 +543,63 @@ def _require_fields(
 
 
 class Stored(NamedTuple):
-    """The table that applies to a machine, and the files it came from, the stronger ones last."""
+    """The table that applies to a machine, and the files it came from, the stronger ones last.
+
+    `others` are the versions of cuSPARSELt, None for no library, of files that are not for the
+    machine's own: what these say of the library is left out.
+    """
 
     table: TuningTable | None
     files: tuple[str, ...]
+    others: tuple[str | None, ...] = ()
 
 
 @functools.cache
 def stored_table(machine: Machine) -> Stored:
     """What was measured for a machine: the package's own table, and over it the user's.
 
+    Of a table of the package that is for the same GPU and another version of cuSPARSELt, what it
+    says of our own kernels and of dense products holds, and comes before all others.
+
     Read once per process, which is the only thing this module remembers: what is measured while a
     process runs is used by the next one, or by this one through `use_table`. A file that cannot be
     read is passed over, and one line is logged.
     """
-    table, files = None, []
+    tables = {}
     for name, text in _candidates(machine):
         try:
-            found = _from_text(text(), name)
+            tables[name] = _from_text(text(), name)
         except (OSError, ValueError) as error:
             _LOGGER.warning("a tuning table is not used: %s", error)
+    table, files, others = None, [], []
+    for name, found in sorted(tables.items(), key=lambda item: item[1].machine == machine):
+        if found.machine[:2] != machine[:2]:
             continue
         if found.machine != machine:
-            continue
+            if name == str(table_file(machine)):  # it is another one's, under this one's name
+                continue
+            others.append(found.machine.cusparselt)
+            found = _own_kernels(found, machine)
         table = found if table is None else merge_tables(table, found)
         files.append(name)
-    return Stored(table, tuple(files))
+    return Stored(table, tuple(files), tuple(others))
+
+
+def _own_kernels(table: TuningTable, machine: Machine) -> TuningTable:
+    """What a table says of our kernels and of dense products, for another version of the library;
+    whatever is measured with that version replaces it.
+    """
+    records = [
+        dataclasses.replace(
+            record,
+            cusparselt=None,
+            failed={k: v for k, v in record.failed.items() if not k.startswith("cusparselt")},
+            partial=True,
+        )
+        for record in table.records
+        if record.decode is not None or record.prefill is not None
+    ]
+    return TuningTable(machine, table.jax, tuple(records))
 
 
 def _candidates(machine: Machine):
@@ -599,7 +630,14 @@ def use_table(table: TuningTable | None) -> Iterator[None]:
 
     With a GPU at hand the table must be for that GPU and its library. Without one, a computation
     that is lowered for CUDA takes the table as it is.
+
+    Raises:
+        TypeError: `table` is none, for example the name of a file.
     """
+    if table is not None and not isinstance(table, TuningTable):
+        raise TypeError(
+            f"use_table takes a TuningTable, such as load_table(FILE), or None; got {table!r}."
+        )
     token = _IN_USE.set(table)
     try:
         yield

@@ -3,6 +3,7 @@ import io
 import json
 import runpy
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -426,6 +427,23 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli.Verify, "run", interrupted)
     assert run("verify", "anything") == 130
     assert capsys.readouterr().err == "esparse: interrupted\n"
+
+
+def test_jax_that_does_not_start_is_one_line(monkeypatch, capsys):
+    def failed(verb, console):
+        raise AssertionError
+
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(cli.Verify, "run", failed)
+    with pytest.raises(AssertionError):  # JAX does start: a mistake of ours
+        cli.main(["verify", "anything"])
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert run("verify", "anything") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("esparse: there is no plugin for JAX_PLATFORMS=cuda: JAX cannot start.")
 
 
 def test_progress_off_a_terminal_is_a_line_for_every_tenth(capsys):

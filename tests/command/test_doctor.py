@@ -13,7 +13,7 @@ from esparse_jax.command import cli, doctor
 from esparse_jax.sparse import Machine, Record, TuningTable, _ffi, _ffi_cusparselt, save_table
 from esparse_jax.sparse import machine as machine_file
 from esparse_jax.sparse.machine import Build
-from esparse_jax.sparse.table import stored_table
+from esparse_jax.sparse.table import KernelTime, stored_table
 
 H200 = Machine("NVIDIA H200", "9.0", "0.8.0")
 REMEMBERED = (_ffi.cpu_levels, _ffi_cusparselt._find)
@@ -151,7 +151,8 @@ def test_with_a_gpu_and_everything(built, with_gpu, tmp_path, capsys):
     assert report["cuda"]["serves_this_gpu"] is True
     assert report["cuda"]["prefill"] is True
     assert report["devices"][1]["bytes"] == 10**11
-    assert report["tuning"] == {"files": [str(file)], "own_file": str(file), "records": 2}
+    tuning = {"files": [str(file)], "own_file": str(file), "records": 2, "of_other_libraries": []}
+    assert report["tuning"] == tuning
     assert (report["blob_agrees"], report["records_calls"]) == (True, True)
 
 
@@ -165,6 +166,21 @@ def test_a_table_that_cannot_be_used_is_named(built, with_gpu, capsys):
     found = said(capsys)
     assert found["tuning table"] == f"{file} is not used"
     assert "format_version is None" in found["mend tuning table"]
+
+
+def test_a_table_of_another_version_of_the_library(built, with_gpu, packaged, capsys):
+    built(extension())
+    with_gpu(records=True)
+    ours = KernelTime(1.0)
+    there = TuningTable(
+        H200._replace(cusparselt="0.8.1"), "1", (Record(64, 64, "float16", 1, 1.0, ours),)
+    )
+    file = save_table(there, packaged / "t.json")
+    stored_table.cache_clear()
+    assert run() == 0
+    found = said(capsys)
+    assert found["tuning table"] == f"1 records of 1 products, {file}"
+    assert "another cuSPARSELt (0.8.1)" in found["mend tuning table"]
 
 
 def test_with_a_gpu_that_lacks_things(built, with_gpu, capsys):
@@ -213,14 +229,25 @@ def test_why_there_is_no_gpu(monkeypatch, capsys, installed, mend):
     assert "jax not found" in found["versions"]
 
 
-def test_jax_that_does_not_start_is_a_finding(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (
+            RuntimeError("Unable to initialize backend 'cuda'"),
+            "Unable to initialize backend 'cuda'",
+        ),
+        (AssertionError(), "there is no plugin for JAX_PLATFORMS=cuda"),
+    ],
+)
+def test_jax_that_does_not_start_is_a_finding(error, why, monkeypatch, tmp_path, capsys):
     def devices(platform=None):
-        raise RuntimeError("Unable to initialize backend 'cuda'")
+        raise error
 
     monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     assert run("--json", tmp_path / "doctor.json") == 0
     found = said(capsys)
-    assert found["devices"] == "Unable to initialize backend 'cuda'"
+    assert found["devices"] == why
     assert "JAX_PLATFORMS=cpu" in found["mend devices"]
     assert json.loads((tmp_path / "doctor.json").read_text())["devices"] == []
 

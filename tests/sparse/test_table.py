@@ -1,6 +1,7 @@
 """Tuning tables: what is looked up in them, how they are kept and checked, sparse or dense."""
 
 import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -353,8 +354,44 @@ def test_tables_of_the_package_are_found_by_machine(packaged):
     assert found.table.records == FULL.records
     assert found.files == (str(packaged / "any-name.json"),)
     assert stored_table(other).table.records == (record(64),)
-    for missing in ({"cusparselt": "0.8.1"}, {"capability": "8.0"}, {"cusparselt": None}):
-        assert stored_table(ABACUS._replace(**missing)) == (None, ())
+    for missing in ({"capability": "8.0"}, {"device": "Abacus 8"}):
+        assert stored_table(ABACUS._replace(**missing)) == (None, (), ())
+
+
+@pytest.mark.parametrize("version", ["0.8.1", None])
+def test_what_it_says_of_our_kernels_holds_for_any_version_of_the_library(packaged, version):
+    failed = {"prefill, rows 64": "with 16 rows: SIGABRT", "cusparselt, id 9": "with 16 rows: hung"}
+    both = dataclasses.replace(record(16, dense=9.0, decode=5.0, library=4.0), failed=failed)
+    save_table(table(both, record(64, library=4.0)), packaged / "a.json")
+    machine = ABACUS._replace(cusparselt=version)
+    found = stored_table(machine)
+    assert (found.others, found.table.machine) == (("0.8.0",), machine)
+    assert found.table.records == (  # nothing is known of 64 rows
+        dataclasses.replace(
+            record(16, dense=9.0, decode=5.0),
+            failed={"prefill, rows 64": failed["prefill, rows 64"]},
+            partial=True,
+        ),
+    )
+    # What was measured with this version comes first, whatever its file is called.
+    save_table(table(record(16, decode=6.0, library=7.0), machine=machine), packaged / "0.json")
+    stored_table.cache_clear()
+    found = stored_table(machine)
+    assert found.table.records == (record(16, decode=6.0, library=7.0),)
+    assert found.files == (str(packaged / "a.json"), str(packaged / "0.json"))
+    assert stored_table(ABACUS).table.find(SHAPE, "float16", 16) == both
+
+
+def test_a_table_under_anothers_name_is_not_taken_in_part(packaged):
+    machine = ABACUS._replace(cusparselt="0.8.1")
+    save_table(table(record(16, decode=5.0)), table_file(machine))
+    assert stored_table(machine) == (None, (), ())
+
+
+def test_what_is_no_table_is_not_taken_for_one():
+    told = r"load_table\(FILE\), or None; got 'table\.json'"
+    with pytest.raises(TypeError, match=told):
+        next(inspect.unwrap(use_table)("table.json"))  # without the checks of its annotations
 
 
 def test_the_users_records_come_before_those_of_the_package(packaged):
