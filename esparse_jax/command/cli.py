@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress as Bar
 
-from esparse_jax import platforms
+from esparse_jax import atomic, platforms
 from esparse_jax.command.doctor import NO_DEVICE, examine
 from esparse_jax.command.tuning import asked_for, record_lines, wanted
 from esparse_jax.files import (
@@ -640,6 +640,15 @@ Verb = (
 )
 
 
+def check_json(path: Path | None) -> None:
+    """Whether `finish` can write there, before the work is done."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"--json {path} is a directory. Name a file.")
+    atomic.check_place(path)
+
+
 def finish(path: Path | None, values: dict[str, Any]) -> None:
     """Write what `--json` asked for."""
     if path is not None:
@@ -660,6 +669,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     console = Console(soft_wrap=True)
     try:
+        check_json(getattr(verb, "json", None))
         status = verb.run(console)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         Console(stderr=True, soft_wrap=True).print(

@@ -83,7 +83,8 @@ def check_output(
 
     Raises:
         FileExistsError: It holds something, and `overwrite` is not set or that is no checkpoint.
-        NotADirectoryError: A file has that name.
+        NotADirectoryError: A file has that name, or that of a folder it would lie in.
+        OSError: Nothing can be made there.
         ValueError: It is the source checkpoint, or the source lies inside it.
     """
     directory = Path(directory).resolve()
@@ -94,6 +95,8 @@ def check_output(
                 f"The output {directory} is the input checkpoint or holds it ({source}). Name "
                 f"another directory: the input is left as it is."
             )
+    if directory.parent != directory:
+        atomic.check_place(directory)  # what is written lies beside it at first
     if not directory.exists():
         return
     if not directory.is_dir():

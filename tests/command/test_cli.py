@@ -327,6 +327,12 @@ def test_what_prune_refuses_before_any_work(checkpoint, compressed, text, tmp_pa
     error = capsys.readouterr().err
     assert "is a compressed checkpoint; pruning needs dense weights. Expand it first" in error
     assert f"esparse expand {compressed} --output DIR" in error
+    assert run("prune", checkpoint, *common, "--json", tmp_path) == 2
+    assert f"--json {tmp_path} is a directory. Name a file." in capsys.readouterr().err
+    assert run("prune", checkpoint, *common, "--json", text / "a.json") == 2
+    assert f"{text} is a file. Name another place." in capsys.readouterr().err
+    assert run("prune", checkpoint, "--output", text / "a", *common[2:]) == 2
+    assert f"{text} is a file. Name another place." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -420,10 +421,29 @@ def test_output_directory_is_checked(source, loaded, tmp_path):
         save_model(model, out, like=source, overwrite=True)
     with pytest.raises(NotADirectoryError, match=r"notes\.txt is a file\. Name a directory"):
         check_output(out / "notes.txt")
+    with pytest.raises(NotADirectoryError, match=r"notes\.txt is a file\. Name another place"):
+        check_output(out / "notes.txt" / "deep" / "out")
     for inside in (source, source.parent, source / "x" / ".."):
         with pytest.raises(ValueError, match="is the input checkpoint or holds it"):
             check_output(inside, like=source, overwrite=True)
     assert snapshot(out) == {"notes.txt": b"mine"}
+
+
+def test_output_that_cannot_be_made_is_refused_before_the_work(tmp_path, monkeypatch):
+    asked = []
+
+    def mkdtemp(suffix, prefix, folder):
+        asked.append(folder)
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    check_output(tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    with pytest.raises(
+        OSError, match=r"out cannot be written: .* nothing new \(Permission denied\)"
+    ):
+        check_output(tmp_path / "new" / "out")
+    assert asked == [tmp_path]
 
 
 def test_overwriting_replaces_the_checkpoint_and_keeps_other_files(source, loaded, tmp_path):
