@@ -558,8 +558,8 @@ class Stored(NamedTuple):
 def stored_table(machine: Machine) -> Stored:
     """What was measured for a machine: the package's own table, and over it the user's.
 
-    Of a table of the package that is for the same GPU and another version of cuSPARSELt, what it
-    says of our own kernels and of dense products holds, and comes before all others.
+    What a table of the package that is for the same GPU and another version of cuSPARSELt says of
+    our own kernels and of dense products holds too, where nothing else is known.
 
     Read once per process, which is the only thing this module remembers: what is measured while a
     process runs is used by the next one, or by this one through `use_table`. A file that cannot be
