@@ -218,6 +218,7 @@ def test_all_parts_run_and_a_failure_costs_itself_only(modules, tmp_path, monkey
     monkeypatch.setattr(call_cost, "torch", object())
     monkeypatch.setattr(call_cost, "Torch", OtherLibrary)
     monkeypatch.setattr(call_cost, "chain_rotation", lambda *_: 2)
+    monkeypatch.setattr(call_cost, "chain_inputs", lambda *_: 1)
     run = call_cost.Run(options, {"device": "made up"})
     call_cost.run_all(run)
     report = json.loads(options.json.read_text())

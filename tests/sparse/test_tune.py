@@ -753,6 +753,7 @@ def test_the_best_is_timed_as_the_dense_product_is(monkeypatch):
     monkeypatch.setattr(_ffi_cuda, "decode_in_pieces", kernel)
     monkeypatch.setattr(worker_file, "sparse_matmul", library)
     monkeypatch.setattr(worker_file, "chain_rotation", lambda *a: 2)
+    monkeypatch.setattr(worker_file, "chain_inputs", lambda *a: 1)
     bench.make_operands(40)
     for candidate, options in (
         ({"kind": "prefill", "plan": {"rows": 64}}, {"out": 512, "plan": {"rows": 64}}),
