@@ -556,6 +556,7 @@ class Tune:
     compiled into a chain, has longer."""
 
     def run(self, console: Console) -> int:
+        check_file("--output", self.output)
         shapes, dtype = wanted(self.model, self.shape, self.model_shape, self.separate, self.dtype)
         machine: Machine | None = None
         measured: list[Record] = []
@@ -640,12 +641,12 @@ Verb = (
 )
 
 
-def check_json(path: Path | None) -> None:
-    """Whether `finish` can write there, before the work is done."""
+def check_file(option: str, path: Path | None) -> None:
+    """Whether the file of an option can be written, before the work is done."""
     if path is None:
         return
     if path.is_dir():
-        raise IsADirectoryError(f"--json {path} is a directory. Name a file.")
+        raise IsADirectoryError(f"{option} {path} is a directory. Name a file.")
     atomic.check_place(path)
 
 
@@ -669,7 +670,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     console = Console(soft_wrap=True)
     try:
-        check_json(getattr(verb, "json", None))
+        check_file("--json", getattr(verb, "json", None))
         status = verb.run(console)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         Console(stderr=True, soft_wrap=True).print(

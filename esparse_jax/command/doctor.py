@@ -269,7 +269,7 @@ def _tuning() -> Section:
     products = {record.key[:3] for record in stored.table.records}
     values["records"] = len(stored.table.records)
     text = f"{values['records']} records of {len(products)} products, {', '.join(stored.files)}"
-    if not stored.others:
+    if not stored.others or str(own) in stored.files:  # which was measured with this library
         return [Finding("tuning table", text)], {"tuning": values}
     theirs = ", ".join(other or "none" for other in stored.others)
     mend = (

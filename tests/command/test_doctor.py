@@ -181,6 +181,12 @@ def test_a_table_of_another_version_of_the_library(built, with_gpu, packaged, ca
     found = said(capsys)
     assert found["tuning table"] == f"1 records of 1 products, {file}"
     assert "another cuSPARSELt (0.8.1)" in found["mend tuning table"]
+    own = save_table(TuningTable(H200, "1", (Record(64, 64, "float16", 8, 1.0),)))
+    stored_table.cache_clear()
+    assert run() == 0
+    found = said(capsys)
+    assert found["tuning table"] == f"2 records of 1 products, {file}, {own}"
+    assert "mend tuning table" not in found
 
 
 def test_with_a_gpu_that_lacks_things(built, with_gpu, capsys):

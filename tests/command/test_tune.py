@@ -116,6 +116,11 @@ def test_a_machine_without_a_gpu_ends_in_one_line(worker, capsys):
     assert capsys.readouterr().err == "esparse: nothing can be timed here: JAX sees none\n"
 
 
+def test_an_output_that_is_no_file_is_refused_before_anything_is_measured(tmp_path, capsys):
+    assert run("--shape", "64x64", "--output", tmp_path) == 2
+    assert f"--output {tmp_path} is a directory. Name a file." in capsys.readouterr().err
+
+
 def test_a_file_of_another_machine_is_not_touched(worker, tmp_path, capsys):
     file = tmp_path / "table.json"
     assert run("--shape", "512x256", "--rows", 64, "--output", file) == 0
